@@ -22,7 +22,7 @@ DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What may be set per param group; every optimizer option but the two of the engine.
+    """What may be set per param group: all but ``distribution`` and the group.
 
     Attributes:
         lr: Learning rate, a number or a one-element tensor.
@@ -82,8 +82,8 @@ class Options:
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Options:
-        """The options of a param group; keys that are not options are ignored."""
-        return cls(**{k: group[k] for k in _OPTION_NAMES if k in group})
+        """The options of a param group; its other keys are ignored."""
+        return cls(**{k: group[k] for k in OPTION_NAMES if k in group})
 
 
 def _is_number(value: object, low: float, *, strict: bool = False) -> bool:
@@ -144,5 +144,5 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it must be a number > 0, or None to switch clipping off",
     ),
 }
-_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
-assert set(_RULES) == set(_OPTION_NAMES)
+OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+assert set(_RULES) == set(OPTION_NAMES)

@@ -1,0 +1,365 @@
+"""Milliseconds per optimizer step and bytes of state, ours beside others.
+
+    python examples/benchmarks/step_time.py --shapes both --out step_time.md
+
+Every round draws fresh gradients and lets each optimizer take one step with them in
+turn, so that noise of the machine hits all alike. Only the hidden-layer matrices are
+stepped: they are what the optimizers treat differently. The longest step is one that
+refreshes the basis, as long as a timed round has a refresh in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_optimizer import SOAP, Conda
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
+
+LLAMA_60M = [(512, 512)] * 32 + [(1376, 512)] * 16 + [(512, 1376)] * 8
+SMALL_GPT = [(768, 256)] * 4 + [(256, 256)] * 4 + [(1024, 256)] * 4 + [(256, 1024)] * 4
+SHAPES = {
+    "60m": ("60M LLaMA, 56 matrices", LLAMA_60M),
+    "gpt": ("small GPT, 16 matrices", SMALL_GPT),
+}
+LR = 1e-4
+FLOORS = {"floor, one-sided": False, "floor, two-sided": True}
+OURS = {
+    "AdaDiag": functools.partial(AdaDiag, sides="one", basis="svd"),
+    "AdaDiag, eigh": functools.partial(AdaDiag, sides="one", basis="eigh"),
+    "AdafacDiag": functools.partial(AdafacDiag, sides="one", momentum=True),
+    "AdafacDiag, no momentum": functools.partial(
+        AdafacDiag, sides="one", momentum=False
+    ),
+    "HfacDiag": functools.partial(HfacDiag, sides="one"),
+    "AdaDiag++": functools.partial(AdaDiag, sides="two", basis="svd"),
+    "AdaDiag++, eigh": functools.partial(AdaDiag, sides="two", basis="eigh"),
+    "AdaDiag, sides none": functools.partial(AdaDiag, sides="none"),
+}
+THEIRS = {
+    "torch AdamW, foreach": lambda params, every: torch.optim.AdamW(
+        params, lr=LR, weight_decay=0.0, foreach=True
+    ),
+    "torch AdamW, fused": lambda params, every: torch.optim.AdamW(
+        params, lr=LR, weight_decay=0.0, fused=True
+    ),
+    "torch Muon": lambda params, every: torch.optim.Muon(
+        params, lr=LR, weight_decay=0.0
+    ),
+    "pytorch_optimizer Conda": lambda params, every: Conda(
+        params, lr=LR, update_proj_gap=every
+    ),
+    "pytorch_optimizer SOAP": lambda params, every: SOAP(
+        params, lr=LR, weight_decay=0.0, precondition_frequency=every
+    ),
+}
+BASELINE = "torch AdamW, foreach"
+
+
+class Matrices:
+    """The weights of a benchmark, as one stack per shape."""
+
+    def __init__(self, shapes: list[tuple[int, int]], device: torch.device) -> None:
+        self.stacks = [
+            torch.empty(shapes.count(shape), *shape, device=device)
+            for shape in dict.fromkeys(shapes)
+        ]
+
+    def normal_(self, generator: torch.Generator, std: float) -> None:
+        for stack in self.stacks:
+            stack.normal_(std=std, generator=generator)
+
+    def copy_(self, other: Matrices) -> None:
+        for stack, source in zip(self.stacks, other.stacks, strict=True):
+            stack.copy_(source)
+
+    def views(self) -> list[Tensor]:
+        return [view for stack in self.stacks for view in stack.unbind()]
+
+
+@dataclasses.dataclass
+class FloorStack:
+    """The matrices of one shape, with what one step of the floor needs."""
+
+    grad: Tensor  # [k, m, n]
+    weight: Tensor  # [k, m, n]
+    left: Tensor | None  # [k, m, m]
+    right: Tensor | None  # [k, n, n]
+
+    def __post_init__(self) -> None:
+        zeros = functools.partial(torch.zeros_like, self.weight)
+        self.scratch, self.rotated, self.update = zeros(), zeros(), zeros()
+        self.exp_avg, self.exp_avg_sq = zeros(), zeros()
+        self.step_count = torch.zeros((), device=self.weight.device)
+
+    def rotate(self) -> None:
+        if self.left is None:
+            torch.bmm(self.grad, self.right, out=self.rotated)
+        elif self.right is None:
+            torch.bmm(self.left.mT, self.grad, out=self.rotated)
+        else:
+            torch.bmm(self.left.mT, self.grad, out=self.scratch)
+            torch.bmm(self.scratch, self.right, out=self.rotated)
+
+    def apply(self) -> None:
+        if self.left is None:
+            self.weight.baddbmm_(self.update, self.right.mT)
+        elif self.right is None:
+            self.weight.baddbmm_(self.left, self.update)
+        else:
+            torch.bmm(self.left, self.update, out=self.scratch)
+            self.weight.baddbmm_(self.scratch, self.right.mT)
+
+    def state_bytes(self) -> int:
+        state = [self.exp_avg, self.exp_avg_sq, self.step_count, self.left, self.right]
+        return sum(t.nbytes for t in state if t is not None)
+
+
+class Floor:
+    """What no rotated Adam can do without: the products and one fused AdamW pass.
+
+    Weights and gradients lie ready in stacks; nothing is refreshed, checked or copied,
+    and the product that rotates the update back adds it to the weights.
+    """
+
+    def __init__(self, weights: Matrices, grads: Matrices, *, two_sided: bool) -> None:
+        self.stacks = []
+        for weight, grad in zip(weights.stacks, grads.stacks, strict=True):
+            rows, columns = weight.shape[1:]
+            left = two_sided or rows <= columns
+            right = two_sided or not left
+            self.stacks.append(
+                FloorStack(
+                    grad,
+                    weight,
+                    _identities(weight, rows) if left else None,
+                    _identities(weight, columns) if right else None,
+                )
+            )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for stack in self.stacks:
+            stack.rotate()
+        adamw(
+            [stack.update for stack in self.stacks],
+            [stack.rotated for stack in self.stacks],
+            [stack.exp_avg for stack in self.stacks],
+            [stack.exp_avg_sq for stack in self.stacks],
+            [],
+            [stack.step_count for stack in self.stacks],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=LR,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+        for stack in self.stacks:
+            stack.apply()
+
+    def state_bytes(self) -> int:
+        return sum(stack.state_bytes() for stack in self.stacks)
+
+
+def _identities(stack: Tensor, size: int) -> Tensor:
+    # The time of a product does not depend on the values in it.
+    eye = torch.eye(size, device=stack.device, dtype=stack.dtype)
+    return eye.expand(len(stack), size, size).contiguous()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside a state, those kept in objects of the optimizer too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of all state, a storage that several tensors share counted once."""
+    if hasattr(optimizer, "state_bytes"):
+        return optimizer.state_bytes()
+    storages = {}
+    for state in optimizer.state.values():
+        for tensor in _tensors(state):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@dataclasses.dataclass
+class Entry:
+    """One optimizer in the run, with its own copy of the weights."""
+
+    name: str
+    optimizer: Any
+    params: list[Tensor]
+    times_ms: list[float] = dataclasses.field(default_factory=list)
+
+
+def contestants(
+    names: list[str], weights: Matrices, grads: Matrices, every: int
+) -> list[Entry]:
+    """Each optimizer on its own copy of the weights, all on the same gradients."""
+    entries = []
+    for name in names:
+        own = Matrices([], weights.stacks[0].device)
+        own.stacks = [stack.clone() for stack in weights.stacks]
+        if name in FLOORS:
+            floor = Floor(own, grads, two_sided=FLOORS[name])
+            entries.append(Entry(name, floor, own.views()))
+            continue
+        params = [torch.nn.Parameter(view) for view in own.views()]
+        for param, grad in zip(params, grads.views(), strict=True):
+            param.grad = grad
+        if name in OURS:
+            optimizer = OURS[name](params, lr=LR, refresh_every=every)
+        else:
+            optimizer = THEIRS[name](params, every)
+        entries.append(Entry(name, optimizer, params))
+    return entries
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> float:
+    synchronize = device.type == "cuda"
+    if synchronize:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if synchronize:
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def run(
+    shapes: list[tuple[int, int]], names: list[str], args: argparse.Namespace
+) -> list[Entry]:
+    device = torch.device(args.device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    weights, fresh, grads = (Matrices(shapes, device) for _ in range(3))
+    weights.normal_(generator, 0.02)
+    entries = contestants(names, weights, grads, args.refresh_every)
+    for round_ in range(args.warmup + args.rounds):
+        fresh.normal_(generator, 1.0)
+        for entry in entries:
+            # Every optimizer meets the same values, as warm in the cache for all.
+            grads.copy_(fresh)
+            entry.times_ms.append(timed(entry.optimizer.step, device))
+        if args.verbose:
+            print(f"round {round_ + 1} of {args.warmup + args.rounds}", flush=True)
+    for entry in entries:
+        entry.times_ms = entry.times_ms[args.warmup :]
+        if not all(torch.isfinite(param).all() for param in entry.params):
+            raise RuntimeError(f"{entry.name}: weights are no longer finite")
+    return entries
+
+
+def table(title: str, entries: list[Entry]) -> str:
+    weight_bytes = sum(param.nbytes for param in entries[0].params)
+    baseline = next((e for e in entries if e.name == BASELINE), None)
+    lines = [
+        f"### {title}, {weight_bytes / 4e6:.1f} M elements",
+        "",
+        "| optimizer | median ms | x AdamW | longest ms | state MB | state / weights |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for entry in entries:
+        median = statistics.median(entry.times_ms)
+        ratio = "-"
+        if baseline is not None:
+            ratio = f"{median / statistics.median(baseline.times_ms):.1f}"
+        bytes_ = state_bytes(entry.optimizer)
+        lines.append(
+            f"| {entry.name} | {median:.1f} | {ratio} | {max(entry.times_ms):.1f} "
+            f"| {bytes_ / 1e6:.2f} | {bytes_ / weight_bytes:.2f} |"
+        )
+    medians = {entry.name: statistics.median(entry.times_ms) for entry in entries}
+    for name in ("AdaDiag", "AdaDiag, eigh"):
+        for other in ("pytorch_optimizer Conda", "torch Muon", "floor, one-sided"):
+            if name in medians and other in medians:
+                ratio = medians[name] / medians[other]
+                lines.append(f"\nmedian of {name} / median of {other}: {ratio:.2f}")
+    return "\n".join(lines)
+
+
+def machine(args: argparse.Namespace) -> str:
+    device = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        device = f"{len(models)} x {models[0]}" if models else device
+    if args.device.startswith("cuda"):
+        device = f"{torch.cuda.get_device_name(args.device)} ({device})"
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return (
+        f"{device}; {torch.get_num_threads()} threads; torch {torch.__version__}; "
+        f"float32; seed {args.seed}; {args.rounds} rounds after {args.warmup}; "
+        f"a basis every {args.refresh_every} steps; load {load}; "
+        f"{datetime.date.today().isoformat()}"
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    names = [*FLOORS, *OURS, *THEIRS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--rounds", type=int, default=21, help="timed steps of each")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps first")
+    parser.add_argument("--refresh-every", type=int, default=10, metavar="T")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="NAME", help="; ".join(names)
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the tables to this file too")
+    parser.add_argument("--verbose", action="store_true", help="print each round")
+    args = parser.parse_args(argv)
+    args.only = args.only or names
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    parts = [machine(args)]
+    print(parts[0], flush=True)
+    for key in SHAPES if args.shapes == "both" else [args.shapes]:
+        title, shapes = SHAPES[key]
+        parts.append(table(title, run(shapes, args.only, args)))
+        print("\n" + parts[-1], flush=True)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

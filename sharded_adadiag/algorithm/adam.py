@@ -1,0 +1,98 @@
+"""Adam's moments in whatever basis the gradient is given (Algorithm 1, steps 4-6).
+
+With ``Gt = P^T G Q``:
+
+    4. M_t = b1 M_{t-1} + (1 - b1) Gt          Mhat = M_t / (1 - b1^t)
+    5. V_t = b2 V_{t-1} + (1 - b2) Gt^2        Vhat = V_t / (1 - b2^t)
+    6. N_t = Mhat / (sqrt(Vhat) + eps)
+
+These are the moments of ``torch.optim.AdamW``, so its fused kernel computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from sharded_adadiag.algorithm.sums import Sums
+from sharded_adadiag.config import Options
+
+
+def adam(
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    options: Options,
+    steps: Sequence[int],
+    shape: tuple[int, int],
+) -> Sums[list[Tensor]]:
+    """Steps 4-6 for a batch of matrices, as a rule that never waits for a sum.
+
+    Args:
+        grads: Gradients in the basis wanted, ``[m, n]`` or a block of it.
+        states: ``exp_avg`` and ``exp_avg_sq`` ``[m, n]`` of each; modified in place.
+        options: For ``betas`` and ``eps``.
+        steps: t of each, counted from 1.
+        shape: ``(m, n)`` of the full matrices.
+
+    Yields:
+        Nothing.
+
+    Returns:
+        N_t of each.
+    """
+    yield from ()
+    return adam_directions(grads, states, options, steps)
+
+
+def adam_directions(
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    options: Options,
+    steps: Sequence[int],
+) -> list[Tensor]:
+    """Steps 4-6 for tensors of any shapes.
+
+    Args:
+        grads: Gradients in the basis wanted.
+        states: ``exp_avg`` and ``exp_avg_sq`` of each, modified in place. Without
+            ``exp_avg`` the gradient itself stands for the first moment.
+        options: For ``betas`` and ``eps``.
+        steps: t of each, counted from 1.
+
+    Returns:
+        N_t of each.
+    """
+    beta1, beta2 = options.betas
+    exp_avgs = [_working(s.get("exp_avg"), g) for s, g in zip(states, grads)]
+    exp_avg_sqs = [_working(s["exp_avg_sq"], g) for s, g in zip(states, grads)]
+    # A step of size one from zero leaves minus the direction.
+    negative = [torch.zeros_like(g) for g in grads]
+    adamw(
+        negative,
+        list(grads),
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.tensor(t - 1.0, device=g.device) for t, g in zip(steps, grads)],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1 if "exp_avg" in states[0] else 0.0,
+        beta2=beta2,
+        lr=1.0,
+        weight_decay=0.0,
+        eps=options.eps,
+        maximize=False,
+    )
+    for state, exp_avg, exp_avg_sq in zip(states, exp_avgs, exp_avg_sqs):
+        for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            if key in state and state[key] is not value:
+                state[key].copy_(value)
+    return [n.neg_() for n in negative]
+
+
+def _working(moment: Tensor | None, grad: Tensor) -> Tensor:
+    """The moment in the dtype of the computation: itself, or a copy."""
+    return torch.zeros_like(grad) if moment is None else moment.to(grad.dtype)

@@ -1,0 +1,84 @@
+"""H-Fac: both moments factored, in whatever basis (Algorithm 3, steps 4-6).
+
+The rule of arXiv 2406.09958 with ``Gt = P^T G Q`` for G and the corrected decays
+h1, h2 of `adafactor`:
+
+    4. u = h1 u + (1 - h1) Gt 1_n / n               row means
+       v = h1 v + (1 - h1) Gt^T 1_m / m             column means
+    5. r, s, Vhat as in Adafactor
+    6. phi = h1 (u 1_n^T - Gt 1_n 1_n^T / n) / sqrt(r 1_n^T / n)
+       psi = h1 (1_m v^T - 1_m 1_m^T Gt / m) / sqrt(1_m s^T / m)
+       U = (phi + psi) / 2 + clip_d(Gt / sqrt(Vhat))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sharded_adadiag.algorithm.adafactor import (
+    clip,
+    corrected_decay,
+    inverse_sqrt_of_factors,
+    moving_average_,
+    squared_sums,
+)
+from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
+from sharded_adadiag.config import Options
+
+
+def hfac(
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    options: Options,
+    steps: Sequence[int],
+    shape: tuple[int, int],
+) -> Sums[list[Tensor]]:
+    """Steps 4-6 for a batch of matrices of one shape.
+
+    Args:
+        grads: Gradients in the basis wanted, ``[m, n]`` or a block of it.
+        states: ``exp_avg_row`` and ``exp_avg_sq_row`` ``[m]``, ``exp_avg_col`` and
+            ``exp_avg_sq_col`` ``[n]`` of each; modified in place.
+        options: For ``betas`` and ``clip_threshold``.
+        steps: t of each, counted from 1.
+        shape: ``(m, n)`` of the full matrices.
+
+    Yields:
+        Sums over the entries at hand.
+
+    Returns:
+        U of each.
+    """
+    return (
+        yield from together([
+            _matrix(g, s, options, t, shape)
+            for g, s, t in zip(grads, states, steps, strict=True)
+        ])
+    )
+
+
+def _matrix(
+    grad: Tensor,
+    state: dict[str, Tensor],
+    options: Options,
+    step: int,
+    shape: tuple[int, int],
+) -> Sums[Tensor]:
+    m, n = shape
+    h1, h2 = (corrected_decay(beta, step) for beta in options.betas)
+    sums = [PartialSum(grad.sum(1), "cols"), PartialSum(grad.sum(0), "rows")]
+    row_sums, col_sums, row_squares, col_squares = yield sums + squared_sums(grad)
+    row_means, col_means = row_sums / n, col_sums / m
+    u = moving_average_(state["exp_avg_row"], row_means, h1)
+    v = moving_average_(state["exp_avg_col"], col_means, h1)
+
+    r = moving_average_(state["exp_avg_sq_row"], row_squares, h2)
+    s = moving_average_(state["exp_avg_sq_col"], col_squares, h2)
+    rsqrt_v = yield from inverse_sqrt_of_factors(r, s)
+
+    phi = h1 * (u - row_means) / (r / n).sqrt()  # [m], the same in every column
+    psi = h1 * (v - col_means) / (s / m).sqrt()  # [n], the same in every row
+    update = yield from clip(rsqrt_v.mul_(grad), options.clip_threshold, shape)
+    return update.add_(0.5 * phi[:, None]).add_(0.5 * psi)

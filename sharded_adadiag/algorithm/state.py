@@ -1,0 +1,158 @@
+"""What each method keeps for a parameter: names, shapes and dtypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.algorithm.adafactor import adafactor
+from sharded_adadiag.algorithm.adam import adam
+from sharded_adadiag.algorithm.hfac import hfac
+from sharded_adadiag.algorithm.sums import Sums
+from sharded_adadiag.config import Options
+
+MATRIX, ROW, COL = ("m", "n"), ("m",), ("n",)
+
+
+class Method(NamedTuple):
+    """One of the three optimizers, as far as a matrix is concerned.
+
+    Attributes:
+        name: As in error messages.
+        factored: Whether the base method needs the whole matrix even unrotated.
+        rule: The moment rule (steps 4-6).
+        moments: Names of the moments of a matrix under `rule`, each with the
+            dimensions of its shape.
+        options: Options that only this optimizer has, with their defaults.
+    """
+
+    name: str
+    factored: bool
+    rule: Callable[..., Sums[list[Tensor]]]
+    moments: dict[str, tuple[str, ...]]
+    options: dict[str, Any]
+
+
+_SECOND = {"exp_avg_sq_row": ROW, "exp_avg_sq_col": COL}
+ADADIAG = Method("AdaDiag", False, adam, {"exp_avg": MATRIX, "exp_avg_sq": MATRIX}, {})
+ADAFACDIAG = Method(
+    "AdafacDiag",
+    True,
+    adafactor,
+    {"exp_avg": MATRIX, **_SECOND},
+    {"momentum": True, "clip_threshold": 1.0},
+)
+HFACDIAG = Method(
+    "HfacDiag",
+    True,
+    hfac,
+    {"exp_avg_row": ROW, "exp_avg_col": COL, **_SECOND},
+    {"clip_threshold": 1.0},
+)
+
+
+def matrix_moments(method: Method, options: Options) -> dict[str, tuple[str, ...]]:
+    """Moments of a rotated (or factored) matrix.
+
+    Args:
+        method: The optimizer.
+        options: For ``momentum``.
+
+    Returns:
+        Names and dimensions.
+    """
+    moments = dict(method.moments)
+    if not options.momentum and method is ADAFACDIAG:
+        del moments["exp_avg"]
+    return moments
+
+
+def plain_moments(method: Method, options: Options) -> tuple[str, ...]:
+    """Moments of a parameter updated where it lies; each has its local shape.
+
+    Args:
+        method: The optimizer.
+        options: For ``momentum``.
+
+    Returns:
+        Their names.
+    """
+    if not options.momentum and method is ADAFACDIAG:
+        return ("exp_avg_sq",)
+    return ("exp_avg", "exp_avg_sq")
+
+
+def moment_dtype(options: Options, parameter: torch.dtype) -> torch.dtype:
+    """Dtype of the moments: as asked for, else the parameter's (as torch.optim).
+
+    Args:
+        options: For ``state_dtype``.
+        parameter: The parameter's dtype.
+
+    Returns:
+        The dtype.
+    """
+    return options.state_dtype or parameter
+
+
+def rotation_dtype(options: Options, parameter: torch.dtype) -> torch.dtype:
+    """Dtype of the rotations: as asked for, else the moments'.
+
+    Args:
+        options: For ``rotation_dtype`` and ``state_dtype``.
+        parameter: The parameter's dtype.
+
+    Returns:
+        The dtype.
+    """
+    return options.rotation_dtype or moment_dtype(options, parameter)
+
+
+def rotated_sides(shape: tuple[int, int], options: Options) -> tuple[bool, bool]:
+    """Which sides of a matrix are rotated.
+
+    One side is the smaller one, left for a square matrix (paper, section 3.3),
+    unless the group forces it.
+
+    Args:
+        shape: Rows and columns of the matrix view.
+        options: For ``rotate``, ``sides``, ``side`` and ``max_rotated_dim``.
+
+    Returns:
+        ``(left, right)``; both False for a matrix whose rotated dimension is over
+        ``max_rotated_dim``.
+    """
+    rows, cols = shape
+    if not options.rotate or options.sides == "none":
+        return False, False
+    if options.sides == "two":
+        left = right = True
+    else:
+        left = rows <= cols if options.side == "auto" else options.side == "left"
+        right = not left
+    dim = max(rows if left else 0, cols if right else 0)
+    return (left, right) if dim <= options.max_rotated_dim else (False, False)
+
+
+def needs_matrix(method: Method, shape: Sequence[int], options: Options) -> bool:
+    """Whether a parameter must be seen as a whole matrix.
+
+    Args:
+        method: The optimizer.
+        shape: The parameter's logical shape.
+        options: Its group's.
+
+    Returns:
+        False for parameters that get plain Adam where they lie: vectors, groups
+        with ``rotate=False``, matrices over ``max_rotated_dim``, and base Adam.
+    """
+    if len(shape) < 2 or math.prod(shape) == 0 or not options.rotate:
+        return False
+    if options.sides == "none":
+        return method.factored
+    rows = shape[0]
+    return any(rotated_sides((rows, math.prod(shape[1:])), options))

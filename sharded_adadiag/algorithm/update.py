@@ -1,0 +1,145 @@
+"""Algorithms 1-3 of the paper on full matrices, in the paper's order.
+
+1. ``G_t``, the gradient of a matrix ``W`` in R^{m x n}
+2. every T steps: ``U, S, V^T = SVD(G_t)``;  ``P = U``  (two sides: ``Q = V``)
+3. ``Gt = P^T G_t Q``
+4.-6. the moment rule on ``Gt``: `adam` (AdaDiag), `adafactor` (AdafacDiag),
+   `hfac` (HfacDiag); it gives ``N_t``
+7. ``W = (1 - eta lam) W - eta P N_t Q^T``, applied by whoever holds ``W``
+
+A side that is not rotated has the identity for its basis, without storing one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from sharded_adadiag.algorithm.basis import Basis, compute_basis
+from sharded_adadiag.algorithm.rotation import (
+    reproject_,
+    rotate,
+    rotate_back,
+    suppress_noise,
+)
+from sharded_adadiag.algorithm.state import Method
+from sharded_adadiag.algorithm.sums import Sums, run_on_full_matrices
+from sharded_adadiag.config import Options
+
+State = dict[str, Tensor]
+
+
+def update(
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    *,
+    method: Method,
+    options: Options,
+    steps: Sequence[int],
+    refresh: Sequence[bool],
+    warn: Callable[[int, str], None],
+) -> list[Tensor]:
+    """Steps 2-6 and the rotation back for a batch of matrices of one shape.
+
+    Args:
+        grads: G_t of each, ``[m, n]``, in the dtype of the computation.
+        states: Moments and rotations of each; modified in place.
+        method: The optimizer.
+        options: Its options.
+        steps: t of each, counted from 1.
+        refresh: Whether the basis of each is due.
+        warn: Called with the position of a matrix and the fallback of its basis.
+
+    Returns:
+        ``P N_t Q^T`` of each, ``[m, n]``.
+    """
+    for i, due in enumerate(refresh):
+        if due:
+            basis = compute_basis(
+                _precise(grads[i], states[i]),
+                left="rotation_left" in states[i],
+                right="rotation_right" in states[i],
+                method=options.basis,
+            )
+            if basis.fallback:
+                warn(i, basis.fallback)
+            install(states[i], basis, options, first=steps[i] == 1)
+    left = rotations(states, "rotation_left", grads[0])
+    right = rotations(states, "rotation_right", grads[0])
+    rotated = rotate(grads, left, right)
+    shape = (grads[0].shape[0], grads[0].shape[1])
+    directions = run_on_full_matrices(
+        moment_rule(method, rotated, states, options, steps, shape)
+    )
+    return rotate_back(directions, left, right)
+
+
+def moment_rule(
+    method: Method,
+    rotated: Sequence[Tensor],
+    states: Sequence[State],
+    options: Options,
+    steps: Sequence[int],
+    shape: tuple[int, int],
+) -> Sums[list[Tensor]]:
+    """Steps 4-6, after entries below the noise floor were dropped.
+
+    Args:
+        method: The optimizer.
+        rotated: Gt of each matrix, or a block of it.
+        states: Moments of each; modified in place.
+        options: The optimizer's options.
+        steps: t of each, counted from 1.
+        shape: ``(m, n)`` of the full matrices.
+
+    Yields:
+        Sums over the entries at hand.
+
+    Returns:
+        N_t of each.
+    """
+    quiet = yield from suppress_noise(rotated, options.noise_floor)
+    return (yield from method.rule(quiet, states, options, steps, shape))
+
+
+def install(state: State, basis: Basis, options: Options, *, first: bool) -> None:
+    """Put a new basis into a matrix's state.
+
+    Args:
+        state: The matrix's state; modified in place.
+        basis: The new basis; a side that is None stays as it is.
+        options: For ``on_refresh``.
+        first: There is no older basis that the moments could be expressed in.
+    """
+    for key, new in (("rotation_left", basis.left), ("rotation_right", basis.right)):
+        if new is None:
+            continue
+        if options.on_refresh == "reproject" and not first:
+            left = key == "rotation_left"
+            reproject_(state, state[key].to(new.dtype), new, left=left)
+        state[key].copy_(new)
+
+
+def rotations(states: Sequence[State], key: str, like: Tensor) -> list[Tensor] | None:
+    """One side's rotations of a batch in the dtype of the computation.
+
+    Args:
+        states: Of the matrices.
+        key: ``"rotation_left"`` or ``"rotation_right"``.
+        like: A tensor with the wanted dtype.
+
+    Returns:
+        The rotations, or None if this side is not rotated.
+    """
+    if key not in states[0]:
+        return None
+    return [state[key].to(like.dtype) for state in states]
+
+
+def _precise(grad: Tensor, state: State) -> Tensor:
+    """The gradient in float64 if the rotation is kept in float64 (on request)."""
+    for key in ("rotation_left", "rotation_right"):
+        if key in state and state[key].element_size() == 8:
+            return grad.double()
+    return grad

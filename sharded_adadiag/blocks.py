@@ -1,0 +1,353 @@
+"""The broadcast distribution: every rank updates its own blocks of the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.algorithm.basis import (
+    Basis,
+    basis_of_gram,
+    compute_basis,
+    gram_matrix,
+)
+from sharded_adadiag.algorithm.rotation import rotate, rotate_back
+from sharded_adadiag.algorithm.sums import PartialSum, run, together
+from sharded_adadiag.algorithm.update import install, moment_rule, rotations
+from sharded_adadiag.buckets import Bucket
+from sharded_adadiag.config import Options
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop, replicate
+from sharded_adadiag.plan.geometry import EMPTY, Layout, full
+from sharded_adadiag.planning import MatrixPlan
+
+if TYPE_CHECKING:
+    from sharded_adadiag.engine import Engine
+
+Pieces = list[Tensor]
+
+
+class BlockUpdates:
+    """Updates of matrices whose rotations are on every rank.
+
+    Args:
+        engine: Whose matrices they are.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._refresh_plans: dict[
+            tuple[int, ...], tuple[ExchangePlan, ExchangePlan]
+        ] = {}
+
+    def update(
+        self,
+        bucket: Bucket,
+        jobs: Sequence[MatrixPlan],
+        pieces: Sequence[Tensor],
+        options: dict[int, Options],
+    ) -> Pieces:
+        """Refresh what is due, then rotate, update and rotate back piece by piece.
+
+        Args:
+            bucket: The matrices.
+            jobs: Those that take part in this step.
+            pieces: This rank's piece of each gradient of the bucket.
+            options: Of each group, by its identity.
+
+        Returns:
+            This rank's piece of each update of the bucket.
+        """
+        due = [
+            (m, piece)
+            for m, piece in zip(bucket.matrices, pieces)
+            if m in jobs and self.engine.refresh_due(m, options)
+        ]
+        if due:
+            self._refresh([m for m, _ in due], [p for _, p in due], options)
+        work: Pieces = list(pieces)
+        depth = len(bucket.hops) + 1
+        for k in range(depth):
+            self._rotate(bucket, k, work, options, back=False)
+            if k + 1 < depth:
+                self._hop(bucket, k, work, back=False)
+        self._moments(bucket, jobs, work, options)
+        for k in reversed(range(depth)):
+            self._rotate(bucket, k, work, options, back=True)
+            if k > 0:
+                self._hop(bucket, k - 1, work, back=True)
+        return work
+
+    def _hop(self, bucket: Bucket, k: int, work: Pieces, *, back: bool) -> None:
+        who = bucket.members[k]
+        some = [bucket.matrices[i] for i in who]
+        dtypes = [m.work_dtype for m in some]
+        # A gradient that no stage has rotated yet travels in its own dtype.
+        wire = [
+            work[i].dtype if not back and m.route.raw(k) else m.work_dtype
+            for i, m in zip(who, some)
+        ]
+        moved, _ = self.engine.exchange.run(
+            bucket.hops[k][int(back)],
+            [work[i] for i in who],
+            wire,
+            dtypes,
+            device=self.engine._device,
+        )
+        for i, piece in zip(who, moved):
+            work[i] = piece
+
+    def _rotate(
+        self,
+        bucket: Bucket,
+        k: int,
+        work: Pieces,
+        options: dict[int, Options],
+        *,
+        back: bool,
+    ) -> None:
+        """Apply the rotations of stage k to this rank's pieces, in place of them."""
+        place = {m.index: i for i, m in enumerate(bucket.matrices)}
+        here = [
+            m for m in bucket.matrices if len(m.route.stages) > k and _rotates(m, k)
+        ]
+        turn = rotate_back if back else rotate
+        for batch in self.engine.batches(here):
+            stage = batch[0].route.stages[k]
+            grads = [work[place[m.index]].to(m.work_dtype) for m in batch]
+            states = [self.engine.state_of(m) for m in batch]
+            left = rotations(states, "rotation_left", grads[0]) if stage.left else None
+            right = (
+                rotations(states, "rotation_right", grads[0]) if stage.right else None
+            )
+            for matrix, result in zip(batch, turn(grads, left, right)):
+                work[place[matrix.index]] = result
+
+    def _moments(
+        self,
+        bucket: Bucket,
+        jobs: Sequence[MatrixPlan],
+        work: Pieces,
+        options: dict[int, Options],
+    ) -> None:
+        """Steps 4-6 on this rank's pieces; sums over pieces are fused."""
+        place = {m.index: i for i, m in enumerate(bucket.matrices)}
+        batches = self.engine.batches(jobs)
+        rules = [
+            moment_rule(
+                self.engine.method,
+                [work[place[m.index]].to(m.work_dtype) for m in batch],
+                [self.engine.state_of(m) for m in batch],
+                self.engine.options_of(batch[0], options),
+                [self.engine.time_of(m) for m in batch],
+                (batch[0].matrix.rows, batch[0].matrix.cols),
+            )
+            for batch in batches
+        ]
+        splits = [batch[0].route.moments.split for batch in batches]
+        directions = run(together(rules), lambda asked: self._totals(asked, splits))
+        for batch, results in zip(batches, directions):
+            for matrix, result in zip(batch, results):
+                work[place[matrix.index]] = result
+
+    def _totals(self, asked: list[PartialSum], splits: Sequence[str]) -> list[Tensor]:
+        """Add up the ranks' sums; one all-reduce for each dtype that needs any."""
+        totals = [partial.value for partial in asked]
+        across: dict[torch.dtype, list[int]] = {}
+        for i, partial in enumerate(asked):
+            if partial.over in ("all", splits[partial.matrix]):
+                across.setdefault(partial.value.dtype, []).append(i)
+        for which in across.values():
+            flat = torch.cat([totals[i].reshape(-1) for i in which])
+            flat = flat.to(self.engine.comm.device(flat.device))
+            self.engine.comm.all_reduce_sum_(flat)
+            sizes = [totals[i].numel() for i in which]
+            for i, total in zip(which, flat.split(sizes)):
+                totals[i] = total.view(totals[i].shape).to(totals[i].device)
+        return totals
+
+    def sum_bytes(self, bucket: Bucket) -> list[int]:
+        """Bytes of each all-reduce of a step, found by a rehearsal on meta tensors."""
+        rounds: list[int] = []
+        rules, splits = [], []
+        for batch in self.engine.batches(bucket.matrices):
+            m = batch[0]
+            if not self.engine.method.factored:
+                break  # Adam's rule waits for nothing
+            shapes = m.state_shapes(self.engine.comm.rank)
+            region = m.route.moments.layout[self.engine.comm.rank]
+            rules.append(
+                moment_rule(
+                    self.engine.method,
+                    [torch.empty(region.shape, dtype=m.work_dtype, device="meta")]
+                    * len(batch),
+                    [
+                        {
+                            key: torch.empty(shape, dtype=dtype, device="meta")
+                            for key, (shape, dtype) in shapes.items()
+                        }
+                        for _ in batch
+                    ],
+                    Options.from_group(self.engine.entries[m.index].group),
+                    [1] * len(batch),
+                    (m.matrix.rows, m.matrix.cols),
+                )
+            )
+            splits.append(m.route.moments.split)
+
+        def count(asked: list[PartialSum]) -> list[Tensor]:
+            sizes: dict[torch.dtype, int] = {}
+            for partial in asked:
+                if partial.over in ("all", splits[partial.matrix]):
+                    dtype = partial.value.dtype
+                    sizes[dtype] = sizes.get(dtype, 0) + partial.value.nbytes
+            rounds.extend(sizes.values())
+            return [partial.value for partial in asked]
+
+        run(together(rules), count)
+        return rounds
+
+    def _refresh(
+        self,
+        matrices: Sequence[MatrixPlan],
+        pieces: Sequence[Tensor],
+        options: dict[int, Options],
+    ) -> None:
+        """One rank computes each basis; every rank receives it."""
+        key = tuple(m.index for m in matrices)
+        if key not in self._refresh_plans:
+            self._refresh_plans[key] = refresh_plans(matrices, self.engine.comm.size)
+        collect, distribute = self._refresh_plans[key]
+        engine = self.engine
+        sent, wire, work = [], [], []
+        for m, piece in zip(matrices, pieces):
+            if m.route.basis_from == "gram":
+                sent.append(gram_matrix(piece, left=m.left))
+                wire.append(torch.float64)
+                work.append(torch.float64)
+            else:
+                sent.append(piece)
+                wire.append(piece.dtype)
+                work.append(m.work_dtype)
+        collected, _ = engine.exchange.run(
+            collect, sent, wire, work, device=engine._device
+        )
+        found = [
+            self._basis(m, gathered, options)
+            if m.route.owner == engine.comm.rank
+            else Basis(None, None)
+            for m, gathered in zip(matrices, collected)
+        ]
+        self._distribute(matrices, found, distribute, options)
+
+    def _basis(
+        self, matrix: MatrixPlan, gathered: Tensor, options: dict[int, Options]
+    ) -> Basis:
+        """On the owner: the new basis, or the one it has where that fails."""
+        if matrix.route.basis_from == "gram":
+            vectors = basis_of_gram(gathered, matrix.work_dtype)
+            basis = Basis(
+                vectors if matrix.left else None,
+                vectors if matrix.right else None,
+                "" if vectors is not None else "kept",
+            )
+        else:
+            precise = torch.promote_types(matrix.work_dtype, matrix.rotation_dtype)
+            basis = compute_basis(
+                gathered.to(precise),
+                left=matrix.left,
+                right=matrix.right,
+                method=self.engine.options_of(matrix, options).basis,
+            )
+        if basis.fallback:
+            self.engine.warn_once(matrix, basis.fallback)
+        if basis.fallback == "kept":
+            state = self.engine.state_of(matrix)
+            basis = Basis(state.get("rotation_left"), state.get("rotation_right"))
+        return basis
+
+    def _distribute(
+        self,
+        matrices: Sequence[MatrixPlan],
+        found: Sequence[Basis],
+        plan: ExchangePlan,
+        options: dict[int, Options],
+    ) -> None:
+        """Send each new rotation from its owner to all ranks and install it."""
+        device = self.engine._device
+        sides, rotations_ = [], []
+        for m, basis in zip(matrices, found):
+            for key, new, wanted in (
+                ("left", basis.left, m.left),
+                ("right", basis.right, m.right),
+            ):
+                if wanted:
+                    sides.append((m, key))
+                    empty = torch.empty((0, 0), device=device)
+                    new = empty if new is None else new
+                    rotations_.append(new.to(m.rotation_dtype))
+        dtypes = [m.rotation_dtype for m, _ in sides]
+        arrived, _ = self.engine.exchange.run(
+            plan, rotations_, dtypes, dtypes, device=device
+        )
+        for (m, key), rotation in zip(sides, arrived):
+            rotation = rotation.to(torch.promote_types(m.work_dtype, m.rotation_dtype))
+            basis = Basis(
+                rotation if key == "left" else None,
+                rotation if key == "right" else None,
+            )
+            install(
+                self.engine.state_of(m),
+                basis,
+                self.engine.options_of(m, options),
+                first=self.engine.time_of(m) == 1,
+            )
+
+
+def refresh_plans(
+    matrices: Sequence[MatrixPlan], world_size: int
+) -> tuple[ExchangePlan, ExchangePlan]:
+    """What a refresh moves: to the owners, and the rotations to all ranks.
+
+    Args:
+        matrices: Those whose bases are due.
+        world_size: Number of ranks.
+
+    Returns:
+        The two exchanges.
+    """
+    collect, distribute = [], []
+    for m in matrices:
+        rows, cols, owner = m.matrix.rows, m.matrix.cols, m.route.owner
+        sizes = [k for k, wanted in ((rows, m.left), (cols, m.right)) if wanted]
+        if m.route.basis_from == "gram":
+            (k,) = sizes
+            summands = replicate(k, k, world_size)
+            target = _only(owner, k, k, world_size)
+            collect.append(Hop(k, summands, target, 8, summed=True))
+        else:
+            target = _only(owner, rows, cols, world_size)
+            size = m.matrix.grad_itemsize
+            collect.append(Hop(cols, m.matrix.layout, target, size))
+        for k in sizes:
+            everywhere = replicate(k, k, world_size)
+            size = m.rotation_dtype.itemsize
+            distribute.append(Hop(k, _only(owner, k, k, world_size), everywhere, size))
+    return (
+        ExchangePlan(world_size, tuple(collect)),
+        ExchangePlan(world_size, tuple(distribute)),
+    )
+
+
+def _only(owner: int, rows: int, cols: int, world_size: int) -> Layout:
+    """The layout in which one rank holds everything."""
+    return tuple(
+        full(rows, cols) if rank == owner else EMPTY for rank in range(world_size)
+    )
+
+
+def _rotates(matrix: MatrixPlan, k: int) -> bool:
+    stage = matrix.route.stages[k]
+    return stage.left or stage.right

@@ -1,0 +1,1 @@
+"""Moves tensors as a plan says. The one place with collectives."""

@@ -1,0 +1,193 @@
+"""Makes a planned exchange: pack, all-to-all, unpack.
+
+A status word goes with every chunk, so that each rank learns of a failure on any
+other in the collective it is in anyway, and all can raise together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.comm.collectives import Communicator
+from sharded_adadiag.plan.exchange_plan import HEADER_BYTES, ExchangePlan, Hop, Slot
+from sharded_adadiag.plan.geometry import Box, Region, as_flat, intersect
+
+
+class Exchange:
+    """Makes exchanges over one group, in buffers that are kept and reused.
+
+    Args:
+        comm: The group.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def run(
+        self,
+        plan: ExchangePlan,
+        pieces: Sequence[Tensor],
+        wire: Sequence[torch.dtype],
+        work: Sequence[torch.dtype],
+        *,
+        device: torch.device,
+        status: int = 0,
+    ) -> tuple[list[Tensor], list[int]]:
+        """Move every matrix of the plan.
+
+        Args:
+            plan: The exchange.
+            pieces: This rank's piece of each matrix in the source layout, in the
+                shape of its region.
+            wire: Dtype of each on the way.
+            work: Dtype wanted of each at the target.
+            device: Where the pieces are.
+            status: This rank's status word; 0 is well.
+
+        Returns:
+            This rank's piece of each matrix in the target layout, and the status
+            word of every rank. A piece that does not move
+            or change dtype is returned as it is, not copied.
+        """
+        rank = self.comm.rank
+        statuses = [0] * plan.world_size
+        statuses[rank] = status
+        received = None
+        if not plan.is_local:
+            received = self._all_to_all(plan, pieces, wire, device, status)
+        results: list[Tensor] = []
+        moved = self._arrivals(plan, received, wire)
+        for i, hop in enumerate(plan.hops):
+            wanted = hop.target[rank]
+            if hop.source[rank] == wanted and not hop.summed:
+                results.append(pieces[i].to(work[i]))
+            else:
+                target = torch.zeros if hop.summed else torch.empty
+                out = target(wanted.shape, dtype=work[i], device=device)
+                self._fill(out, hop, pieces[i], moved.get(i, ()), rank)
+                results.append(out)
+        if received is not None:
+            starts = self._chunk_starts(plan)
+            words = [
+                received[i : i + HEADER_BYTES].view(torch.int64) for _, i in starts
+            ]
+            # One transfer to the host, not one per rank.
+            for (source, _), word in zip(starts, torch.cat(words).tolist()):
+                statuses[source] = word
+        return results, statuses
+
+    def _all_to_all(
+        self,
+        plan: ExchangePlan,
+        pieces: Sequence[Tensor],
+        wire: Sequence[torch.dtype],
+        device: torch.device,
+        status: int,
+    ) -> Tensor:
+        """Pack what leaves this rank, exchange, and return the bytes that came."""
+        rank, ranks = self.comm.rank, range(plan.world_size)
+        sent = [plan.chunk(rank, r)[1] for r in ranks]
+        got = [plan.chunk(r, rank)[1] for r in ranks]
+        place = self.comm.device(device)
+        send = self._buffer("send", place, sum(sent))
+        start = 0
+        for target in ranks:
+            slots, size = plan.chunk(rank, target)
+            chunk = send[start : start + size]
+            start += size
+            if size:
+                chunk[:HEADER_BYTES].view(torch.int64).fill_(status)
+            for slot in slots:
+                t = slot.transfer
+                piece, hop = pieces[t.item], plan.hops[t.item]
+                held = hop.target[t.target] if hop.summed else hop.source[rank]
+                view = window(piece, held, t.region, hop.cols)
+                chunk[slot.start : slot.stop].view(wire[t.item]).view(view.shape).copy_(
+                    view
+                )
+        receive = self._buffer("receive", place, sum(got))
+        self.comm.all_to_all(receive, send, got, sent)
+        return receive
+
+    def _chunk_starts(self, plan: ExchangePlan) -> list[tuple[int, int]]:
+        starts, start = [], 0
+        for source in range(plan.world_size):
+            size = plan.chunk(source, self.comm.rank)[1]
+            if size:
+                starts.append((source, start))
+            start += size
+        return starts
+
+    def _arrivals(
+        self, plan: ExchangePlan, received: Tensor | None, wire: Sequence[torch.dtype]
+    ) -> dict[int, list[tuple[Slot, Tensor]]]:
+        """What came for each matrix, in rank order, as views of the buffer."""
+        arrivals: dict[int, list[tuple[Slot, Tensor]]] = {}
+        if received is None:
+            return arrivals
+        for source, start in self._chunk_starts(plan):
+            for slot in plan.chunk(source, self.comm.rank)[0]:
+                t = slot.transfer
+                data = received[start + slot.start : start + slot.stop]
+                data = data.view(wire[t.item])
+                arrivals.setdefault(t.item, []).append((slot, data))
+        return arrivals
+
+    def _fill(
+        self,
+        out: Tensor,
+        hop: Hop,
+        piece: Tensor,
+        moved: Sequence[tuple[Slot, Tensor]],
+        rank: int,
+    ) -> None:
+        """Put together one matrix's target piece."""
+        wanted = hop.target[rank]
+        if hop.summed:
+            if out.numel():
+                out.add_(piece)
+            for _, data in moved:
+                out.add_(data.view(out.shape))
+            return
+        held = hop.source[rank]
+        shared = intersect(held, wanted, hop.cols)
+        if shared is not None:
+            window(out, wanted, shared, hop.cols).copy_(
+                window(piece, held, shared, hop.cols)
+            )
+        for slot, data in moved:
+            view = window(out, wanted, slot.transfer.region, hop.cols)
+            view.copy_(data.view(view.shape))
+
+    def _buffer(self, name: str, device: torch.device, size: int) -> Tensor:
+        """``size`` bytes, kept between steps."""
+        buffer = self._buffers.get((name, device))
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self._buffers[name, device] = buffer
+        return buffer[:size]
+
+
+def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:
+    """The view of a region inside a piece.
+
+    Args:
+        piece: The entries of ``held``, in its shape.
+        held: A region.
+        wanted: A region inside it.
+        cols: Columns of the full matrix.
+
+    Returns:
+        A view with the shape of ``wanted``.
+    """
+    if isinstance(wanted, Box) and isinstance(held, Box):
+        row, col = wanted.row_start - held.row_start, wanted.col_start - held.col_start
+        rows, width = wanted.shape
+        return piece[row : row + rows, col : col + width]
+    inside, around = as_flat(wanted, cols), as_flat(held, cols)
+    start = inside.start - around.start
+    return piece.view(-1)[start : start + inside.numel]

@@ -1,0 +1,432 @@
+"""Runs a step: agree, gather, update, scatter, apply.
+
+The engine holds the plan and the tensors it speaks of. It knows no framework (it
+gets regions and plain local tensors) and no formula (it calls `algorithm`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.algorithm.state import Method, plain_moments
+from sharded_adadiag.algorithm.update import update
+from sharded_adadiag.blocks import BlockUpdates, refresh_plans
+from sharded_adadiag.buckets import Bucket, make_buckets
+from sharded_adadiag.comm.collectives import Communicator
+from sharded_adadiag.comm.exchange import Exchange
+from sharded_adadiag.config import Options
+from sharded_adadiag.integrations.parameters import local
+from sharded_adadiag.plain import plain_update
+from sharded_adadiag.plan.exchange_plan import ExchangePlan
+from sharded_adadiag.plan.geometry import Region
+from sharded_adadiag.planning import Facts, MatrixPlan, plan_matrices
+from sharded_adadiag.report import Report, make_report
+
+logger = logging.getLogger("sharded_adadiag")
+
+# Matrices of one shape are updated together up to this many elements: enough to
+# keep a GPU busy, few enough to stay in a CPU's cache.
+BATCH_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 26}
+_NONFINITE, _SPARSE = 1, 2
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """One parameter of the optimizer, as the engine sees it.
+
+    Attributes:
+        facts: What is the same on every rank.
+        region: What this rank holds of its matrix view.
+        param: The local tensor with those entries.
+        grad: Gives the local gradient, or None.
+        state: ``optimizer.state`` of the parameter.
+        group: Its param group.
+        zeros_like: Makes a state tensor in the parameter's own layout.
+    """
+
+    facts: Facts
+    region: Region
+    param: Tensor
+    grad: Callable[[], Tensor | None]
+    state: Callable[[], dict[str, Any]]
+    group: dict[str, Any]
+    zeros_like: Callable[[torch.dtype], Tensor]
+
+
+class Engine:
+    """The plan of an optimizer and the machinery that carries it out.
+
+    Args:
+        method: The optimizer.
+        comm: The ranks that share the parameters.
+        distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+    """
+
+    def __init__(self, method: Method, comm: Communicator, distribution: str) -> None:
+        self.method = method
+        self.comm = comm
+        self.distribution = distribution
+        self.exchange = Exchange(comm)
+        self.entries: list[Entry] = []
+        self.matrices: list[MatrixPlan] = []
+        self.buckets: list[Bucket] = []
+        self.skipped_steps = 0
+        self._blocks = BlockUpdates(self)
+        self._started = False
+        self._warned: set[tuple[str, str]] = set()
+        self._batches: dict[tuple[int, ...], list[list[MatrixPlan]]] = {}
+        self._computing = 0
+
+    def extend(self, entries: Sequence[Entry], holdings: list[list[Region]]) -> None:
+        """Plan further parameters; those planned before keep their owners and state.
+
+        Args:
+            entries: The new parameters.
+            holdings: Their regions, by rank and then parameter.
+        """
+        matrices = plan_matrices(
+            [entry.facts for entry in entries],
+            holdings,
+            method=self.method,
+            distribution=self.distribution,
+            first_index=len(self.entries),
+        )
+        self.entries.extend(entries)
+        self.matrices.extend(matrices)
+        self.buckets.extend(make_buckets(matrices, self.comm.size))
+
+    def allocate(self) -> None:
+        """Create every state tensor that is missing, with the same keys on all ranks.
+
+        Raises:
+            ValueError: If a loaded state tensor has another shape than planned.
+        """
+        planned = {matrix.index: matrix for matrix in self.matrices}
+        for i, entry in enumerate(self.entries):
+            if not entry.facts.trainable:
+                continue
+            state = entry.state()
+            state.setdefault("step", torch.tensor(0.0))
+            matrix = planned.get(i)
+            if matrix is None:
+                self._allocate_plain(entry, state)
+                continue
+            for key, (shape, dtype) in matrix.state_shapes(self.comm.rank).items():
+                device = entry.param.device
+                if key not in state:
+                    state[key] = torch.zeros(shape, dtype=dtype, device=device)
+                    if key.startswith("rotation") and 0 not in shape:
+                        state[key].fill_diagonal_(1.0)  # until the first basis
+                elif tuple(state[key].shape) != shape:
+                    raise ValueError(
+                        f"{entry.facts.name}: loaded state {key!r} has shape "
+                        f"{tuple(state[key].shape)}, expected {shape}; load a state "
+                        "saved with the same options and the same ranks"
+                    )
+        self._started = any(
+            float(entry.state()["step"]) > 0 for entry in self.entries if entry.state()
+        )
+
+    def _allocate_plain(self, entry: Entry, state: dict[str, Any]) -> None:
+        options = entry.facts.options
+        dtype = options.state_dtype or entry.facts.dtype
+        for key in plain_moments(self.method, options):
+            if key not in state:
+                state[key] = entry.zeros_like(dtype)
+            elif tuple(state[key].shape) != entry.facts.shape:
+                raise ValueError(
+                    f"{entry.facts.name}: loaded state {key!r} has shape "
+                    f"{tuple(state[key].shape)}, expected {entry.facts.shape}"
+                )
+
+    def step(self) -> None:
+        """One step of every parameter that has a gradient on any rank.
+
+        Raises:
+            RuntimeError: On every rank, if a gradient anywhere is non-finite or
+                sparse (nothing has changed then), or if an owner fails.
+        """
+        options = {id(e.group): Options.from_group(e.group) for e in self.entries}
+        grads = [entry.grad() for entry in self.entries]
+        present = self._agree(grads, options)
+        if present is None:
+            return
+        matrices = {matrix.index for matrix in self.matrices}
+        for i in matrices:
+            if present[i]:
+                self.entries[i].state()["step"] += 1
+        for bucket in self.buckets:
+            jobs = [m for m in bucket.matrices if present[m.index]]
+            if not jobs:
+                continue
+            pieces = [self._piece(m, grads[m.index], options) for m in bucket.matrices]
+            run = self._update_owned if bucket.kind == "owner" else self._blocks.update
+            updates = run(bucket, jobs, pieces, options)
+            for matrix, piece in zip(bucket.matrices, updates):
+                if present[matrix.index]:
+                    self._apply(self.entries[matrix.index], piece, options)
+        others = [i for i, has in enumerate(present) if has and i not in matrices]
+        plain_update(self.method, [self.entries[i] for i in others], options)
+
+    def report(self) -> Report:
+        """What every rank computes, keeps and sends."""
+        return make_report(self)
+
+    def agreement_bytes(self) -> int:
+        """Bytes of the all-reduce in which the ranks agree on a step."""
+        checked = any(
+            Options.from_group(e.group).nonfinite != "ignore" for e in self.entries
+        )
+        agrees = self.comm.size > 1 and checked
+        return 4 * (len(self.entries) + 2) if agrees else 0
+
+    def plain_bytes(self) -> int:
+        """Bytes that this rank keeps besides the moments and rotations of matrices."""
+        whole = {matrix.index for matrix in self.matrices}
+        return sum(
+            local(value).nbytes
+            for i, entry in enumerate(self.entries)
+            for key, value in entry.state().items()
+            if key == "step" or i not in whole
+        )
+
+    def refresh_plans(self, bucket: Bucket) -> tuple[ExchangePlan, ...]:
+        """The exchanges of a refresh of every matrix of a bucket."""
+        rotated = [m for m in bucket.matrices if m.rotated]
+        if bucket.kind == "owner" or not rotated:
+            return ()
+        return refresh_plans(rotated, self.comm.size)
+
+    def sum_bytes(self, bucket: Bucket) -> list[int]:
+        """Bytes of each all-reduce of sums over blocks, in an ordinary step."""
+        return [] if bucket.kind == "owner" else self._blocks.sum_bytes(bucket)
+
+    def options_of(self, matrix: MatrixPlan, options: dict[int, Options]) -> Options:
+        """The options of a matrix's group in this step."""
+        return options[id(self.entries[matrix.index].group)]
+
+    def state_of(self, matrix: MatrixPlan) -> dict[str, Tensor]:
+        """This rank's moments and rotations of a matrix."""
+        state = self.entries[matrix.index].state()
+        return {key: value for key, value in state.items() if key != "step"}
+
+    def time_of(self, matrix: MatrixPlan) -> int:
+        """t, counted from 1."""
+        return int(self.entries[matrix.index].state()["step"])
+
+    def refresh_due(self, matrix: MatrixPlan, options: dict[int, Options]) -> bool:
+        """Whether this step computes a new basis (steps 1, T + 1, 2T + 1, ...)."""
+        if not matrix.rotated:
+            return False
+        since_first = self.time_of(matrix) - 1
+        period = self.options_of(matrix, options).refresh_every
+        return since_first == 0 or (period is not None and since_first % period == 0)
+
+    def warn_once(self, matrix: MatrixPlan, fallback: str) -> None:
+        """Say that a decomposition fell back, once for each matrix and fallback."""
+        name = matrix.matrix.name
+        if (name, fallback) in self._warned:
+            return
+        self._warned.add((name, fallback))
+        took = "eigh was used" if fallback == "eigh" else "the old basis was kept"
+        warnings.warn(
+            f"{name}: the decomposition of its gradient did not converge; {took}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _agree(
+        self, grads: Sequence[Tensor | None], options: dict[int, Options]
+    ) -> list[bool] | None:
+        """Agree on a step.
+
+        One small all-reduce carries whether each parameter has a gradient, the
+        worst problem found, and (until the first real step) whether any gradient is
+        not zero: torch's state-dict helpers and DeepSpeed make a first step
+        with zero gradients only to create the states.
+
+        Returns:
+            Which parameters take part, the same on all ranks; None to do nothing.
+        """
+        count = len(self.entries)
+        flags = torch.zeros(count + 2, dtype=torch.int32)
+        checked = [options[id(e.group)].nonfinite != "ignore" for e in self.entries]
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                flags[i] = 1
+                if grad.is_sparse or grad.layout is not torch.strided:
+                    flags[count] = max(int(flags[count]), 4 * i + _SPARSE)
+        if int(flags[count]) == 0 and (any(checked) or not self._started):
+            problem, nonzero = self._inspect(grads, checked)
+            flags[count], flags[count + 1] = problem, nonzero
+        if self.comm.size > 1 and (any(checked) or not self._started):
+            flags = flags.to(self.comm.device(self._device))
+            self.comm.all_reduce_max_(flags)
+        *present, problem, nonzero = flags.tolist()
+        if problem:
+            self._refuse(problem, options)
+            return None
+        if not self._started and not nonzero:
+            return None
+        self._started = True
+        return [bool(p) for p in present]
+
+    def _inspect(
+        self, grads: Sequence[Tensor | None], checked: Sequence[bool]
+    ) -> tuple[int, int]:
+        """The worst problem of this rank's gradients, and whether any is not zero."""
+        there = [(i, g) for i, g in enumerate(grads) if g is not None and g.numel() > 0]
+        if not there:
+            return 0, 0
+        # The largest magnitude is NaN or Inf exactly if an entry is; one pass, no
+        # temporary, one transfer to the host.
+        peaks = torch._foreach_norm([g for _, g in there], ord=float("inf"))
+        sizes = torch.stack([peak.double() for peak in peaks]).tolist()
+        problem = 0
+        for (i, _), size in zip(there, sizes):
+            if checked[i] and not math.isfinite(size):
+                problem = max(problem, 4 * i + _NONFINITE)
+        return problem, int(any(size != 0.0 for size in sizes))
+
+    def _refuse(self, problem: int, options: dict[int, Options]) -> None:
+        index, kind = divmod(problem, 4)
+        entry = self.entries[index]
+        name = entry.facts.name
+        if kind == _SPARSE:
+            raise RuntimeError(
+                f"{name}: {self.method.name} does not support sparse gradients; "
+                "use a dense gradient (sparse=False)"
+            )
+        if options[id(entry.group)].nonfinite == "skip":
+            self.skipped_steps += 1
+            return
+        raise RuntimeError(
+            f"{name}: its gradient has NaN or Inf entries on at least one rank; the "
+            "step was refused on every rank and nothing has changed; look for the "
+            'cause, or pass nonfinite="skip" to skip such steps'
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.entries[0].param.device if self.entries else torch.device("cpu")
+
+    def _piece(
+        self, matrix: MatrixPlan, grad: Tensor | None, options: dict[int, Options]
+    ) -> Tensor:
+        """The local gradient in the shape of its region; zeros if there is none."""
+        entry = self.entries[matrix.index]
+        if grad is None:
+            return torch.zeros(
+                entry.region.shape, dtype=entry.facts.dtype, device=entry.param.device
+            )
+        piece = grad.reshape(entry.region.shape).to(entry.facts.dtype)
+        return -piece if self.options_of(matrix, options).maximize else piece
+
+    def _update_owned(
+        self,
+        bucket: Bucket,
+        jobs: Sequence[MatrixPlan],
+        pieces: Sequence[Tensor],
+        options: dict[int, Options],
+    ) -> list[Tensor]:
+        """Gradients to their owners, the plain algorithm there, updates back."""
+        gather, scatter = bucket.hops[0]
+        work = [m.work_dtype for m in bucket.matrices]
+        wire = [self.entries[m.index].facts.dtype for m in bucket.matrices]
+        full, _ = self.exchange.run(gather, pieces, wire, work, device=self._device)
+
+        failure: Exception | None = None
+        status = 0
+        updates = list(full)
+        try:
+            self._compute(bucket, jobs, updates, options)
+        except Exception as error:  # the other ranks wait for this one's chunk
+            failure, status = error, 1 + self._computing
+
+        back, statuses = self.exchange.run(
+            scatter, updates, work, work, device=self._device, status=status
+        )
+        for rank, word in enumerate(statuses):
+            if word:
+                name = self.entries[word - 1].facts.name
+                raise RuntimeError(
+                    f"{name}: its owner, rank {rank}, could not compute the update"
+                    + (f": {failure}" if failure is not None else "")
+                    + "; states may have advanced: restart from a checkpoint"
+                ) from failure
+        return back
+
+    def _compute(
+        self,
+        bucket: Bucket,
+        jobs: Sequence[MatrixPlan],
+        full: list[Tensor],
+        options: dict[int, Options],
+    ) -> None:
+        """Replace this rank's full gradients by updates, a batch at a time."""
+        place = {m.index: i for i, m in enumerate(bucket.matrices)}
+        mine = [m for m in jobs if m.route.owner == self.comm.rank]
+        for batch in self.batches(mine):
+
+            def warn(i: int, fallback: str, batch: Any = batch) -> None:
+                self.warn_once(batch[i], fallback)
+
+            self._computing = batch[0].index
+            updates = update(
+                [full[place[m.index]] for m in batch],
+                [self.state_of(m) for m in batch],
+                method=self.method,
+                options=self.options_of(batch[0], options),
+                steps=[self.time_of(m) for m in batch],
+                refresh=[self.refresh_due(m, options) for m in batch],
+                warn=warn,
+            )
+            for matrix, result in zip(batch, updates):
+                full[place[matrix.index]] = result
+
+    def batches(self, matrices: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
+        """Matrices alike in shape, layout, options and dtype, some at a time.
+
+        Args:
+            matrices: Of one bucket.
+
+        Returns:
+            The batches, equal on every rank for equal matrices.
+        """
+        key = tuple(m.index for m in matrices)
+        if key not in self._batches:
+            self._batches[key] = self._make_batches(matrices)
+        return self._batches[key]
+
+    def _make_batches(self, matrices: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
+        limit = BATCH_NUMEL.get(self._device.type, BATCH_NUMEL["cuda"])
+        growing: dict[Any, list[MatrixPlan]] = {}
+        full = []
+        for m in matrices:
+            kind = (
+                (m.matrix.rows, m.matrix.cols, m.left, m.right, m.work_dtype),
+                id(self.entries[m.index].group),
+                m.route.stages if m.route.kind == "broadcast" else None,
+            )
+            batch = growing.setdefault(kind, [])
+            batch.append(m)
+            if (len(batch) + 1) * m.matrix.numel > limit:
+                full.append(growing.pop(kind))
+        return full + list(growing.values())
+
+    def _apply(self, entry: Entry, piece: Tensor, options: dict[int, Options]) -> None:
+        """Step 7 on this rank's shard: decay, then subtract the update."""
+        group = options[id(entry.group)]
+        lr = float(group.lr)
+        param = entry.param
+        if group.weight_decay:
+            param.mul_(1.0 - lr * group.weight_decay)
+        param.add_(piece.view(param.shape), alpha=-lr)

@@ -1,0 +1,252 @@
+"""Which parameters are rotated: the two param groups of a model.
+
+The decision is by module type, never by parameter name, because names differ
+between model families and a wrong guess trains without an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # of all batch and instance norms
+from torch.nn.parallel import DistributedDataParallel
+
+_LOGGER = logging.getLogger("sharded_adadiag")
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Child names under which FSDP1, torch.compile and checkpoint_wrapper keep the
+# wrapped module; they are no part of a parameter's name.
+_WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+Ancestors = tuple[nn.Module, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class _Entry:
+    """One parameter: its names (several if tied) and its kind."""
+
+    names: list[str]
+    param: nn.Parameter
+    kind: str = "matrix"  # or why it is not rotated
+
+
+def param_groups(
+    model: nn.Module, *, exclude: str | Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into a rotated and a plain param group.
+
+    Rotated are the matrices of the hidden layers: every parameter whose matrix
+    view (first dimension x all the others) has both sides larger than one,
+    convolutions and attention projections included. Not rotated are 1-D
+    parameters, those of embeddings and norms, and the output head. A parameter
+    tied to an embedding is an embedding.
+
+    The head is what Hugging Face's ``get_output_embeddings()`` returns. A model
+    without it has its last ``nn.Linear`` for a head, unless that lies in a
+    repeated block (one of several alike in an ``nn.ModuleList``,
+    ``nn.Sequential`` or ``nn.ModuleDict``): such a model has no head.
+
+    A bare 2-D ``nn.Parameter`` cannot be told from a weight: name position
+    tables of shape (length, width) in `exclude`.
+
+    Call it on the whole model, before or after ``fully_shard``, ``torch.compile``
+    or DistributedDataParallel; tensors on the meta device will do. Every
+    parameter is in one group, frozen ones too. What went where is logged at INFO
+    to the logger ``sharded_adadiag`` by the process whose ``RANK`` is 0 or unset.
+
+    Args:
+        model: The model to be trained.
+        exclude: Name patterns (``fnmatch`` style, such as ``"*.router.*"``) of
+            parameters that shall not be rotated. Names are those of
+            ``model.named_parameters()`` without the prefixes of wrappers; of a
+            tied parameter each name counts.
+
+    Returns:
+        ``[{"params": [(name, param), ...], "rotate": True},
+        {"params": [(name, param), ...], "rotate": False}]``, each in the order of
+        ``model.named_parameters()``. A group without parameters is left out,
+        because ``torch.optim`` refuses it beside named ones.
+
+    Raises:
+        TypeError: If `model` is not an ``nn.Module``.
+        ValueError: If a pattern of `exclude` matches no parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected an nn.Module, got {type(model).__name__}; "
+            "pass the model itself, not its parameters"
+        )
+    heads = _heads(model)
+    entries = _entries(model)
+    _mark_by_module(entries, model, heads.values())
+    for entry in entries.values():
+        if entry.kind == "matrix" and min(_matrix_shape(entry.param)) <= 1:
+            entry.kind = "1-D" if entry.param.dim() < 2 else "a side of 1"
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for pattern in patterns:
+        if not _mark_excluded(entries, pattern):
+            example = next((e.names[0] for e in entries.values()), None)
+            raise ValueError(
+                f"exclude: the pattern {pattern!r} matches none of the model's "
+                f"{len(entries)} parameters (the first is {example!r}); write it "
+                "for the names in model.named_parameters(), or remove it"
+            )
+    if os.environ.get("RANK", "0") == "0":
+        _LOGGER.info("%s", _report(list(entries.values()), list(heads)))
+    groups = []
+    for rotate in (True, False):
+        params = [
+            (entry.names[0], entry.param)
+            for entry in entries.values()
+            if (entry.kind == "matrix") is rotate
+        ]
+        if params:
+            groups.append({"params": params, "rotate": rotate})
+    return groups
+
+
+def _matrix_shape(param: Tensor) -> tuple[int, int]:
+    """Rows and columns of the full parameter's matrix view; (numel, 1) if 1-D."""
+    # A DTensor's shape is that of the full tensor: fully_shard needs no care.
+    shape = tuple(param.shape)
+    if len(shape) < 2:
+        return param.numel(), 1
+    return shape[0], math.prod(shape[1:])
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The module inside wrappers that have neither a name nor parameters."""
+    while True:
+        children = dict(module.named_children())
+        inner = [name for name in _WRAPPED if name in children]
+        if not inner and isinstance(module, DistributedDataParallel):
+            inner = ["module"]
+        if not inner or any(True for _ in module.parameters(recurse=False)):
+            return module
+        module = children[inner[0]]
+
+
+def _walk(
+    module: nn.Module, prefix: str = "", ancestors: Ancestors = ()
+) -> Iterator[tuple[str, nn.Module, Ancestors]]:
+    """All modules but wrappers, parents first; one used twice comes twice."""
+    module = _unwrap(module)
+    yield prefix, module, ancestors
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        yield from _walk(child, path, (*ancestors, module))
+
+
+def _entries(model: nn.Module) -> dict[int, _Entry]:
+    """Every parameter once, by id, in the order of named_parameters()."""
+    entries: dict[int, _Entry] = {}
+    for prefix, module, _ in _walk(model):
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, param in own:
+            entry = entries.setdefault(id(param), _Entry([], param))
+            entry.names.append(f"{prefix}.{name}" if prefix else name)
+    return entries
+
+
+def _heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The output head by its name; several if the model holds several models."""
+    declared: list[object] = []
+    linears: list[tuple[str, nn.Module, Ancestors]] = []
+    modules = list(_walk(model))
+    for name, module, ancestors in modules:
+        get_head = getattr(module, "get_output_embeddings", None)
+        if callable(get_head):
+            declared.append(get_head())
+        if isinstance(module, nn.Linear):
+            linears.append((name, module, ancestors))
+    found = [head for head in declared if isinstance(head, nn.Module)]
+    if found:
+        return {
+            name: m for name, m, _ in modules if any(m is _unwrap(h) for h in found)
+        }
+    if not linears:
+        return {}
+    name, last, ancestors = linears[-1]
+    return {} if _in_repeated_block(last, ancestors) else {name: last}
+
+
+def _in_repeated_block(module: nn.Module, ancestors: Ancestors) -> bool:
+    for parent, child in zip(ancestors, ancestors[1:], strict=False):
+        if not isinstance(parent, _CONTAINERS):
+            continue
+        siblings = (_unwrap(sibling) for sibling in parent.children())
+        if any(_alike(child, s) for s in siblings if s is not child):
+            return True
+    return False
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    # Not `type(a) is type(b)`: fully_shard makes a subclass of a block's class.
+    if not (isinstance(a, type(b)) or isinstance(b, type(a))):
+        return False
+    if not isinstance(a, _CONTAINERS):
+        return True
+    # The type of a container says nothing: Sequential(features, classifier).
+    return [n for n, _ in a.named_parameters()] == [n for n, _ in b.named_parameters()]
+
+
+def _mark_by_module(
+    entries: dict[int, _Entry], model: nn.Module, heads: Iterable[nn.Module]
+) -> None:
+    """Set the kind of what lies in (or is tied to) embeddings, norms and heads."""
+    modules = [module for _, module, _ in _walk(model)]
+    marked: list[tuple[str, Iterable[nn.Module]]] = [
+        ("head", heads),
+        ("norm", (m for m in modules if isinstance(m, _NORMS))),
+        ("embedding", (m for m in modules if isinstance(m, _EMBEDDINGS))),
+    ]  # the later wins: a head tied to the embedding is an embedding
+    for kind, owners in marked:
+        for owner in owners:
+            for param in owner.parameters():
+                entries[id(param)].kind = kind
+
+
+def _mark_excluded(entries: dict[int, _Entry], pattern: str) -> bool:
+    """Take what the pattern matches out of the matrices; False if it matches none."""
+    matched = [
+        entry
+        for entry in entries.values()
+        if any(fnmatch.fnmatchcase(name, pattern) for name in entry.names)
+    ]
+    for entry in matched:
+        if entry.kind == "matrix":
+            entry.kind = "excluded"
+    return bool(matched)
+
+
+def _report(entries: list[_Entry], heads: list[str]) -> str:
+    """A table of what is rotated, parameters alike in all layers on one line."""
+    rows: dict[tuple[str, str, str], list[_Entry]] = {}
+    for entry in entries:
+        parts = entry.names[0].split(".")
+        name = ".".join("*" if part.isdigit() else part for part in parts)
+        shape = " x ".join(str(size) for size in entry.param.shape) or "scalar"
+        rows.setdefault((entry.kind, name, shape), []).append(entry)
+    lines = []
+    for rotate in (True, False):
+        group = [e for e in entries if (e.kind == "matrix") is rotate]
+        numel = sum(entry.param.numel() for entry in group)
+        title = "rotated" if rotate else "not rotated"
+        lines.append(f"{title}: {len(group)} parameters, {numel:,} elements")
+        for (kind, name, shape), alike in rows.items():
+            if (kind == "matrix") is not rotate:
+                continue
+            name = alike[0].names[0] if len(alike) == 1 else f"{name} x{len(alike)}"
+            reason = "" if rotate else f", {kind}"
+            lines.append(f"  {name} ({shape}{reason})")
+    lines.append(f"output head: {', '.join(heads) or 'none found'}")
+    return "\n".join(lines)

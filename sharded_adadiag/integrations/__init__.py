@@ -1,0 +1,1 @@
+"""How each framework stores a parameter: logical shape, region, local tensor."""

@@ -1,0 +1,141 @@
+"""A parameter as a rank sees it, whatever the framework.
+
+Plain tensors (one process, DDP) are held whole. DTensors (FSDP2, tensor parallel)
+hold one box of the logical tensor. Private names used, tried with torch 2.11 and
+2.13: ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from sharded_adadiag.plan.geometry import Box, Region, full
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Holding:
+    """What one rank holds of one parameter.
+
+    Attributes:
+        shape: The logical shape of the parameter.
+        rows: Of its matrix view (dimension 0).
+        cols: Of its matrix view (all other dimensions).
+        region: The part of the matrix view that is held here.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    cols: int
+    region: Region
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor with this rank's entries; writing to it writes the original."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ranks hold different parts of the tensor, as its type tells."""
+    return isinstance(tensor, DTensor)
+
+
+def holding(param: Tensor, name: str) -> Holding:
+    """Where this rank's entries of a parameter are in its matrix view.
+
+    Args:
+        param: A plain tensor or a DTensor.
+        name: For messages.
+
+    Returns:
+        The holding.
+
+    Raises:
+        NotImplementedError: For a layout that is not one box of the matrix view.
+    """
+    shape = tuple(param.shape)
+    rows = shape[0] if len(shape) > 1 else 1
+    cols = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    if not isinstance(param, DTensor):
+        return Holding(shape, rows, cols, full(rows, cols))
+    if any(p.is_partial() for p in param.placements):
+        raise NotImplementedError(
+            f"{name}: placements {param.placements} hold partial sums; parameters "
+            "must be sharded or replicated"
+        )
+    local_shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    if tuple(local_shape) != tuple(param.to_local().shape):
+        raise NotImplementedError(
+            f"{name}: placements {param.placements} give each rank no single box "
+            f"(expected a local shape {tuple(local_shape)}, got "
+            f"{tuple(param.to_local().shape)})"
+        )
+    return Holding(shape, rows, cols, _box(shape, local_shape, offset, name))
+
+
+def _box(
+    shape: tuple[int, ...],
+    local_shape: Iterable[int],
+    offset: Iterable[int],
+    name: str,
+) -> Box:
+    """A box of a tensor as a box of its matrix view."""
+    sizes, starts = list(local_shape), list(offset)
+    if len(shape) < 2:
+        start = starts[0] if starts else 0
+        return Box(0, 1, start, start + math.prod(sizes))
+    if sizes[2:] != list(shape[2:]):
+        raise NotImplementedError(
+            f"{name}: a tensor of shape {shape} is sharded along dimension 2 or "
+            "later; shard dimension 0 or 1, so that each rank holds a box of its "
+            "matrix view"
+        )
+    inner = math.prod(shape[2:])
+    return Box(
+        starts[0],
+        starts[0] + sizes[0],
+        starts[1] * inner,
+        (starts[1] + sizes[1]) * inner,
+    )
+
+
+def find_group(
+    params: Iterable[Tensor], group: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    """The process group whose ranks hold the parameters between them.
+
+    Args:
+        params: All parameters of the optimizer.
+        group: What the user passed, which wins.
+
+    Returns:
+        The mesh's group if all DTensors share a 1-D mesh, the default group if they
+        do not, and None for plain tensors (one process, or replicas that
+        each compute everything).
+    """
+    if group is not None:
+        return group
+    meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
+    if not meshes:
+        return None
+    if len(meshes) == 1:
+        (mesh,) = meshes
+        if mesh.ndim == 1:
+            return mesh.get_group()
+    return dist.group.WORLD
+
+
+def device_of(params: Iterable[Tensor]) -> torch.device:
+    """The device of the first parameter's entries."""
+    for param in params:
+        return local(param).device
+    return torch.device("cpu")

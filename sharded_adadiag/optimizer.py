@@ -1,0 +1,427 @@
+"""The optimizers: glue between ``torch.optim`` and the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Method
+from sharded_adadiag.comm.collectives import communicator
+from sharded_adadiag.config import DISTRIBUTIONS, OPTION_NAMES, Options
+from sharded_adadiag.engine import Engine, Entry
+from sharded_adadiag.integrations.parameters import (
+    Holding,
+    find_group,
+    holding,
+    local,
+)
+from sharded_adadiag.planning import Facts
+from sharded_adadiag.report import Report
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+# Keys a group may have besides the options: torch's own, its schedulers', a label.
+_OTHER_KEYS = frozenset({
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "base_momentum",
+    "max_momentum",
+})
+
+
+class RotatedOptimizer(Optimizer):
+    """What AdaDiag, AdafacDiag and HfacDiag share; use one of those.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or dicts of them, as for any
+            ``torch.optim`` optimizer. ``param_groups(model)`` makes the two
+            groups that the paper uses. A group's ``rotate`` (bool, default True)
+            says whether its matrices are rotated. Every option but
+            ``distribution`` and ``process_group`` may be set per group.
+        lr: Learning rate, a number or a one-element tensor.
+        betas: Decay rates of the first and the second moment.
+        eps: Added to the bias-corrected square root of an unfactored second moment.
+        weight_decay: Decoupled, as in ``torch.optim.AdamW``.
+        sides: ``"none"`` is the base method, ``"one"`` rotates one side, ``"two"``
+            both.
+        side: The side that ``"one"`` rotates: ``"left"``, ``"right"``, or ``"auto"``
+            for the smaller one (left for square matrices).
+        refresh_every: Steps between two bases (T of the paper); None keeps the first.
+        on_refresh: ``"carry"`` the moments over (the paper), or ``"reproject"`` them.
+        basis: ``"svd"`` (the paper) or ``"eigh"`` of the float64 Gram matrix.
+        max_rotated_dim: A matrix whose rotated dimension is larger gets plain Adam.
+        noise_floor: Rotated entries below this times the gradient's norm count as 0.
+        nonfinite: If a gradient has NaN or Inf entries: ``"raise"`` on every rank,
+            ``"skip"`` the step on every rank, or ``"ignore"`` (no check, and no
+            agreement between the ranks).
+        state_dtype: Of the moments; None is the parameter's.
+        rotation_dtype: Of the rotations; None is the moments'.
+        distribution: ``"owner"`` (each matrix is computed by one rank),
+            ``"broadcast"`` (each rank computes its own blocks) or ``"auto"``.
+        process_group: The ranks that hold replicas of plain parameters (DDP) and
+            shall share the work and the state. DTensors need none: their mesh tells.
+        maximize: Ascend instead of descend.
+        **own: Options of the one optimizer that has them.
+
+    Raises:
+        ValueError: For an invalid option, naming it, the value and the rule.
+        TypeError: For an unknown option, or parameters that are not dense, real and
+            floating-point.
+    """
+
+    method: Method
+
+    def __init__(  # noqa: PLR0913 - the options users set
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        sides: Literal["none", "one", "two"] = "one",
+        side: Literal["auto", "left", "right"] = "auto",
+        refresh_every: int | None = 200,
+        on_refresh: Literal["carry", "reproject"] = "carry",
+        basis: Literal["svd", "eigh"] = "svd",
+        max_rotated_dim: int = 8192,
+        noise_floor: float = 0.0,
+        nonfinite: Literal["raise", "skip", "ignore"] = "raise",
+        state_dtype: torch.dtype | None = None,
+        rotation_dtype: torch.dtype | None = None,
+        distribution: Literal["auto", "owner", "broadcast"] = "auto",
+        process_group: Any = None,
+        maximize: bool = False,
+        **own: Any,
+    ) -> None:
+        arguments = locals()
+        unknown = set(own) - set(self.method.options)
+        if unknown:
+            raise TypeError(f"{self.method.name} has no option {min(unknown)!r}")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"invalid distribution: got {distribution!r}, it must be one of "
+                + ", ".join(map(repr, DISTRIBUTIONS))
+            )
+        communicator(process_group)  # a wrong group is an error now, not later
+        defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
+        defaults |= self.method.options | own
+        Options.from_group(defaults)
+        self._distribution = distribution
+        self._process_group = process_group
+        self._engine: Engine | None = None
+        self._planned: dict[Tensor, Entry] = {}
+        self._loading: dict[int, dict[str, Any]] | None = None
+        super().__init__(params, defaults)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because of non-finite gradients (``nonfinite="skip"``)."""
+        return 0 if self._engine is None else self._engine.skipped_steps
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; as in torch, with its options checked.
+
+        Args:
+            param_group: ``params`` and any option of the group.
+
+        Raises:
+            ValueError: For an unknown key or an invalid option.
+            TypeError: For a parameter that is not a dense real floating tensor.
+        """
+        if isinstance(param_group, dict):
+            unknown = set(param_group) - _OTHER_KEYS - {*self.defaults, "rotate"}
+            if unknown:
+                raise ValueError(
+                    f"unknown param group key {min(unknown)!r}; {self.method.name} "
+                    f"knows {', '.join(sorted({*self.defaults, 'rotate'}))}"
+                )
+            param_group.setdefault("rotate", True)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            Options.from_group(group)
+            for name, param in zip(self._names(group), group["params"]):
+                _check_parameter(name, param, self.method)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        The first step plans the work and, with several ranks, compares the ranks'
+        parameters. Like every later one it must be called on all of them. A
+        first step whose gradients are all zero only creates the states.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: On every rank, if the ranks' parameters do not match.
+            RuntimeError: On every rank, if a gradient is non-finite (nothing has
+                changed then) or sparse, or if an owner failed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepared().step()
+        return loss
+
+    @torch.no_grad()
+    def describe(self) -> Report:
+        """What each rank computes, keeps and sends; print it for the tables.
+
+        Before the first step this makes the plan and creates the states, and
+        must then be called on every rank.
+
+        Returns:
+            The report.
+        """
+        return self._prepared().report()
+
+    @torch.no_grad()
+    def state_bytes(self) -> int:
+        """Bytes of state that this rank holds, also before the first step.
+
+        Before the first step this makes the plan and creates the states (on the
+        parameters' device, so for meta tensors it costs nothing), and must
+        then be called on every rank.
+
+        Returns:
+            The bytes of all state tensors.
+        """
+        self._prepared()
+        return sum(
+            local(value).nbytes
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; as in torch, but no state changes its dtype.
+
+        Args:
+            state_dict: From an optimizer of the same kind with the same groups.
+        """
+        # torch would cast every state to its parameter's dtype, so it is given the
+        # groups alone; __setstate__ puts the state back, in time for the hooks.
+        self._loading = state_dict["state"]
+        try:
+            super().load_state_dict({**state_dict, "state": {}})
+        finally:
+            self._loading = None
+        self._forget_plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group cannot be pickled, and the plan is made anew.
+        return {**super().__getstate__(), "_distribution": self._distribution}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = self.__dict__.get("_loading")
+        if loading is not None:
+            state = {**state, "state": self._own(loading, state["param_groups"])}
+        super().__setstate__(state)
+        self.__dict__.setdefault("_distribution", "auto")
+        self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_loading", None)
+        self._forget_plan()
+        for group in self.param_groups:
+            for key, value in {**self.defaults, "rotate": True}.items():
+                group.setdefault(key, value)
+
+    def _own(
+        self, saved: dict[int, dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> dict[Any, Any]:
+        """Copies of loaded states, by parameter and on its device."""
+        params = [p for group in groups for p in group["params"]]
+        ids = range(len(params))
+        owned: dict[Any, Any] = {}
+        for i, param in zip(ids, params):
+            for key, value in saved.get(i, {}).items():
+                if isinstance(value, Tensor):
+                    value = value.detach().clone()
+                    value = value if key == "step" else value.to(local(param).device)
+                owned.setdefault(param, {})[key] = value
+        return owned
+
+    def _forget_plan(self) -> None:
+        self._engine = None
+        self._planned = {}
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        names = group.get("param_names")
+        if names is not None:
+            return list(names)
+        before = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            before += len(other["params"])
+        return [f"parameter {before + i}" for i in range(len(group["params"]))]
+
+    def _prepared(self) -> Engine:
+        """The engine, with a plan for every parameter that requires a gradient."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._engine is None:
+            comm = communicator(find_group(params, self._process_group))
+            self._engine = Engine(self.method, comm, self._distribution)
+        if all(p in self._planned for p in params if p.requires_grad):
+            return self._engine
+        new: list[tuple[str, Tensor, dict[str, Any]]] = [
+            (name, param, group)
+            for group in self.param_groups
+            for name, param in zip(self._names(group), group["params"])
+            if param.requires_grad and param not in self._planned
+        ]
+        published = self._engine.comm.all_gather_object(_publish(new))
+        _raise_on_mismatch(published)
+        facts, own = zip(*published[self._engine.comm.rank][1])
+        entries = [
+            self._entry(fact, mine, param, group)
+            for fact, mine, (_, param, group) in zip(facts, own, new)
+        ]
+        holdings = [[h.region for _, h in described] for _, described in published]
+        self._engine.extend(entries, holdings)
+        self._planned.update(zip((param for _, param, _ in new), entries))
+        self._engine.allocate()
+        return self._engine
+
+    def _entry(
+        self, facts: Facts, mine: Holding, param: Tensor, group: dict[str, Any]
+    ) -> Entry:
+        return Entry(
+            facts=facts,
+            region=mine.region,
+            param=local(param),
+            grad=lambda: None if param.grad is None else local(param.grad),
+            state=lambda: self.state[param],
+            group=group,
+            zeros_like=lambda dtype: torch.zeros_like(
+                param, dtype=dtype, memory_format=torch.preserve_format
+            ).detach(),
+        )
+
+
+def _check_parameter(name: str, param: Tensor, method: Method) -> None:
+    if not param.is_floating_point():
+        kind = "complex" if param.is_complex() else "integer"
+        raise TypeError(
+            f"{name}: {method.name} needs real floating-point parameters, got "
+            f"{kind} dtype {param.dtype}; leave it out of the optimizer"
+            + (" or pass torch.view_as_real of it" if kind == "complex" else "")
+        )
+    if param.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: {method.name} needs dense parameters, got layout {param.layout}"
+        )
+
+
+Published = tuple[str, list[tuple[Facts, Holding]]]
+
+
+def _publish(new: list[tuple[str, Tensor, dict[str, Any]]]) -> Published:
+    """This rank's parameters, or the error that keeps it from describing them."""
+    described = []
+    try:
+        for name, param, group in new:
+            mine = holding(param, name)
+            # The learning rate is no part of the plan, and may be a tensor.
+            options = dataclasses.replace(Options.from_group(group), lr=0.0)
+            described.append((
+                Facts(name, mine.shape, param.dtype, param.requires_grad, options),
+                mine,
+            ))
+    except (NotImplementedError, ValueError) as error:
+        return str(error), []
+    return "", described
+
+
+def _raise_on_mismatch(published: list[Published]) -> None:
+    """Every rank sees the same list, so all raise the same error."""
+    for rank, (error, _) in enumerate(published):
+        if error:
+            raise ValueError(f"rank {rank}: {error}")
+    first = [facts for facts, _ in published[0][1]]
+    for rank, (_, described) in enumerate(published):
+        if len(described) != len(first):
+            raise ValueError(
+                f"rank 0 has {len(first)} trainable parameters and rank {rank} has "
+                f"{len(described)}; every rank of the group must pass the same ones"
+            )
+        for i, ((facts, _), wanted) in enumerate(zip(described, first)):
+            if facts != wanted:
+                raise ValueError(
+                    f"parameter {i} differs: rank 0 has {wanted.name!r} of shape "
+                    f"{wanted.shape}, {wanted.dtype}, rank {rank} has {facts.name!r} "
+                    f"of shape {facts.shape}, {facts.dtype}"
+                    + (
+                        ""
+                        if facts.options == wanted.options
+                        else f" with options {facts.options} instead of "
+                        f"{wanted.options}"
+                    )
+                    + "; every rank of the group must pass the same parameters in "
+                    "the same order"
+                )
+
+
+class AdaDiag(RotatedOptimizer):
+    """Adam in a rotated basis (paper, Algorithm 1; ``sides="two"``: AdaDiag++).
+
+    ``W = (1 - lr wd) W - lr P N Q^T`` with N Adam's update for ``P^T G Q``, where P
+    (and Q) are singular vectors of the gradient, renewed every ``refresh_every``
+    steps. See `RotatedOptimizer` for the arguments and errors.
+    """
+
+    method = ADADIAG
+
+
+class AdafacDiag(RotatedOptimizer):
+    """Adafactor in a rotated basis (paper, Algorithm 2).
+
+    The second moment of a matrix is kept as its row and column sums. Embeddings, the
+    output head and other parameters that are not rotated keep an unfactored one.
+    See `RotatedOptimizer` for the arguments and errors; two more are:
+
+    ``momentum`` (bool, default True): keep a first moment.
+
+    ``clip_threshold`` (float or None, default 1.0): the RMS to which the normalised
+    update is clipped (d of Adafactor); None switches it off.
+    """
+
+    method = ADAFACDIAG
+
+
+class HfacDiag(RotatedOptimizer):
+    """H-Fac in a rotated basis (paper, Algorithm 3): both moments are factored.
+
+    Embeddings, the output head and other parameters that are not rotated get Adam.
+    See `RotatedOptimizer` for the arguments and errors; one more is:
+
+    ``clip_threshold`` (float or None, default 1.0): the RMS to which the normalised
+    gradient is clipped (d of Adafactor); None switches it off.
+    """
+
+    method = HFACDIAG

@@ -1,0 +1,127 @@
+"""Which matrices are computed by their owner and which by all ranks: "auto".
+
+The rule, in one place. Every matrix starts with its owner, which keeps each rotation
+once in the whole group and sends two matrices' worth of elements per step. That
+traffic may be `TRAFFIC_BUDGET` of what sharded data parallelism itself moves in a
+step (two all-gathers and a reduce-scatter: three times the elements). While it is
+over, the matrix that saves most bytes of traffic per byte of memory goes to the
+broadcast route, as long as the rotations that are then on every rank stay within
+`MEMORY_BUDGET` of a rank's mean share of the state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
+from sharded_adadiag.plan.geometry import full
+from sharded_adadiag.plan.layout import MatrixLayout
+from sharded_adadiag.plan.route import Kind, Route
+
+TRAFFIC_BUDGET = 0.10
+MEMORY_BUDGET = 0.25
+# Passes over the elements that sharded data parallelism makes in a step.
+FRAMEWORK_PASSES = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """The two ways to compute one matrix.
+
+    Attributes:
+        matrix: Its layout.
+        owner: The owner route.
+        broadcast: The other route, or None if it is not possible.
+        rotation_bytes: Bytes of its rotations.
+        state_bytes: Bytes of all its state.
+        refresh_every: Steps between refreshes; None for one refresh ever.
+    """
+
+    matrix: MatrixLayout
+    owner: Route
+    broadcast: Route | None
+    rotation_bytes: int
+    state_bytes: int
+    refresh_every: int | None
+
+
+def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
+    """Apply the rule of this module.
+
+    Args:
+        candidates: One per matrix.
+        world_size: Number of ranks.
+
+    Returns:
+        ``"owner"`` or ``"broadcast"`` for each.
+    """
+    kinds: list[Kind] = ["owner"] * len(candidates)
+    if world_size == 1:
+        return kinds
+    costs = [step_bytes(c.matrix, c.owner) for c in candidates]
+    others = (world_size - 1) / world_size
+    allowance = TRAFFIC_BUDGET * FRAMEWORK_PASSES * others
+    budget = (
+        allowance
+        * world_size
+        * sum(c.matrix.numel * c.matrix.grad_itemsize for c in candidates)
+    )
+    room = MEMORY_BUDGET * sum(c.state_bytes for c in candidates) / world_size
+    traffic = float(sum(costs))
+
+    savings = []
+    for i, c in enumerate(candidates):
+        if c.broadcast is None:
+            continue
+        refresh = refresh_bytes(c.matrix, c.broadcast, c.rotation_bytes)
+        per_step = refresh / c.refresh_every if c.refresh_every else 0.0
+        saved = costs[i] - step_bytes(c.matrix, c.broadcast) - per_step
+        if saved > 0:
+            memory = c.rotation_bytes * others
+            savings.append((-saved / max(memory, 1.0), i, saved, memory))
+    for _, i, saved, memory in sorted(savings):
+        if traffic <= budget:
+            break
+        if memory <= room:
+            kinds[i] = "broadcast"
+            room -= memory
+            traffic -= saved
+    return kinds
+
+
+def step_bytes(matrix: MatrixLayout, route: Route) -> int:
+    """Bytes of a matrix that all ranks together send in an ordinary step."""
+    layouts = [stage.layout for stage in route.stages]
+    total = 0
+    for i, (near, far) in enumerate(zip(layouts, layouts[1:])):
+        out = matrix.grad_itemsize if route.raw(i) else matrix.work_itemsize
+        total += _moved(matrix, Hop(matrix.cols, near, far, out))
+        total += _moved(matrix, Hop(matrix.cols, far, near, matrix.work_itemsize))
+    return total
+
+
+def refresh_bytes(matrix: MatrixLayout, route: Route, rotation_bytes: int) -> int:
+    """Bytes that all ranks together send, on top, in a refresh of one matrix."""
+    if route.kind == "owner":
+        return 0
+    world_size = len(matrix.layout)
+    total = rotation_bytes * (world_size - 1)
+    if route.basis_from == "gram":
+        side = matrix.cols if route.moments.right else matrix.rows
+        total += 8 * side * side * (world_size - 1)
+    elif route.basis_from == "gradient":
+        whole = full(matrix.rows, matrix.cols)
+        owner = tuple(
+            whole if rank == route.owner else full(0, 0) for rank in range(world_size)
+        )
+        hop = Hop(matrix.cols, matrix.layout, owner, matrix.grad_itemsize)
+        total += _moved(matrix, hop)
+    return total
+
+
+def _moved(matrix: MatrixLayout, hop: Hop) -> int:
+    plan = ExchangePlan(len(matrix.layout), (hop,))
+    return sum(
+        t.region.numel * hop.itemsize for t in plan.transfers if t.source != t.target
+    )

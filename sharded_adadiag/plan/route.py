@@ -1,0 +1,147 @@
+"""The two distributions of the work: the stages a gradient passes.
+
+`owner`: the full matrix on its owner, which applies both rotations. What works for
+every layout, flat ranges included.
+
+`broadcast`: every rank has the rotations and its own block. A rotation mixes one
+dimension, so its stage must hold that dimension whole: row blocks for Q, column
+blocks for P. If that is how the matrix is stored the stage needs no hop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from sharded_adadiag.plan.geometry import (
+    EMPTY,
+    Layout,
+    even_blocks,
+    full,
+)
+from sharded_adadiag.plan.layout import MatrixLayout, Storage
+
+Kind = Literal["owner", "broadcast"]
+Split = Literal["none", "rows", "cols"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage:
+    """One distribution of a matrix and what is done in it.
+
+    Attributes:
+        layout: The region of each rank.
+        split: Which dimension the ranks' regions divide.
+        left: P is applied here.
+        right: Q is applied here.
+    """
+
+    layout: Layout
+    split: Split
+    left: bool = False
+    right: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """The way of one matrix.
+
+    Attributes:
+        kind: Which distribution.
+        owner: The rank that computes its bases.
+        stages: The first is the storage layout, the last holds the moments.
+        basis_from: What the owner computes a basis from: the assembled
+            ``"gradient"``, or the sum of the ranks' ``"gram"`` blocks.
+    """
+
+    kind: Kind
+    owner: int
+    stages: tuple[Stage, ...]
+    basis_from: Literal["gradient", "gram"] = "gradient"
+
+    @property
+    def moments(self) -> Stage:
+        """The stage in which the moments live."""
+        return self.stages[-1]
+
+    def raw(self, k: int) -> bool:
+        """Whether hop k moves the gradient itself, not yet rotated."""
+        return not any(stage.left or stage.right for stage in self.stages[: k + 1])
+
+    def holds_rotations(self, rank: int) -> bool:
+        """Whether a rank keeps a copy of the rotations."""
+        return self.kind == "broadcast" or rank == self.owner
+
+
+def owner_route(matrix: MatrixLayout, owner: int, *, left: bool, right: bool) -> Route:
+    """The owner computes everything on the full matrix."""
+    whole = full(matrix.rows, matrix.cols)
+    layout: Layout = tuple(
+        whole if rank == owner else EMPTY for rank in range(len(matrix.layout))
+    )
+    storage = Stage(matrix.layout, "none")
+    return Route("owner", owner, (storage, Stage(layout, "none", left, right)))
+
+
+def broadcast_obstacle(matrix: MatrixLayout, *, two_sided_reproject: bool) -> str:
+    """Why a matrix cannot take the broadcast route; empty if it can.
+
+    Args:
+        matrix: Its layout.
+        two_sided_reproject: It is rotated on both sides and its moments are
+            re-expressed at a refresh: that mixes both dimensions, of which each
+            rank has only one whole.
+
+    Returns:
+        The reason in a few words.
+    """
+    if matrix.storage is Storage.PIECES:
+        return "its shards are not row or column blocks"
+    if two_sided_reproject:
+        return "reprojecting two sides needs the whole matrix"
+    return ""
+
+
+def broadcast_route(
+    matrix: MatrixLayout, owner: int, *, left: bool, right: bool, basis: str
+) -> Route:
+    """Every rank rotates its own block.
+
+    Args:
+        matrix: Its layout; see `broadcast_obstacle`.
+        owner: The rank that computes the bases.
+        left: Whether P is applied.
+        right: Whether Q is applied.
+        basis: ``"svd"`` or ``"eigh"``.
+
+    Returns:
+        The route.
+    """
+    world_size = len(matrix.layout)
+    storage = matrix.storage
+    rows = Stage(
+        even_blocks(matrix.rows, matrix.cols, world_size, by_rows=True), "rows"
+    )
+    cols = Stage(
+        even_blocks(matrix.rows, matrix.cols, world_size, by_rows=False), "cols"
+    )
+    first = Stage(matrix.layout, "none")
+    if storage is Storage.ROWS:
+        first = rows = Stage(matrix.layout, "rows")
+    elif storage is Storage.COLS:
+        first = cols = Stage(matrix.layout, "cols")
+    # A stage per rotation, the one that needs no hop first.
+    order = [(rows, "right", right), (cols, "left", left)]
+    if storage is Storage.COLS:
+        order.reverse()
+    work = [
+        Stage(stage.layout, stage.split, left=side == "left", right=side == "right")
+        for stage, side, wanted in order
+        if wanted
+    ]
+    if not work:  # an unrotated factored rule works on any block
+        work = [order[0][0]]
+    stages = (*work,) if work[0].layout == first.layout else (first, *work)
+    # Blocks that are whole on the one rotated side sum up to its Gram matrix.
+    own_gram = basis == "eigh" and len(stages) == 1 and left != right
+    return Route("broadcast", owner, stages, "gram" if own_gram else "gradient")

@@ -1,0 +1,230 @@
+"""From parameters and options to a plan: what each rank computes, keeps and sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sharded_adadiag.algorithm.state import (
+    Method,
+    matrix_moments,
+    moment_dtype,
+    needs_matrix,
+    rotated_sides,
+    rotation_dtype,
+)
+from sharded_adadiag.config import Options
+from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
+from sharded_adadiag.plan.distribution import Candidate, choose
+from sharded_adadiag.plan.geometry import Box, Layout, Region
+from sharded_adadiag.plan.layout import MatrixLayout
+from sharded_adadiag.plan.ownership import assign_owners
+from sharded_adadiag.plan.route import (
+    Route,
+    broadcast_obstacle,
+    broadcast_route,
+    owner_route,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What is the same on every rank about one parameter.
+
+    Attributes:
+        name: Its name, or its position as text.
+        shape: Its logical shape.
+        dtype: Its dtype.
+        trainable: Whether it requires a gradient.
+        options: Its group's options.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    options: Options
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MatrixPlan:
+    """One matrix's part of the plan.
+
+    Attributes:
+        index: Position of the parameter in the optimizer.
+        matrix: Its matrix view and where it is stored.
+        left: P is applied.
+        right: Q is applied.
+        cost: Work and state.
+        route: How it is computed.
+        moment_dtype: Of the stored moments.
+        rotation_dtype: Of the stored rotations.
+        work_dtype: Of the computation and of the update.
+        moments: Names and dimensions of its moments.
+    """
+
+    index: int
+    matrix: MatrixLayout
+    left: bool
+    right: bool
+    cost: MatrixCost
+    route: Route
+    moment_dtype: torch.dtype
+    rotation_dtype: torch.dtype
+    work_dtype: torch.dtype
+    moments: dict[str, tuple[str, ...]]
+
+    @property
+    def rotated(self) -> bool:
+        """Whether any side is rotated."""
+        return self.left or self.right
+
+    def state_shapes(self, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what a rank keeps; placeholders have no entries.
+
+        Args:
+            rank: The rank.
+
+        Returns:
+            The same keys for every rank.
+        """
+        region = self.route.moments.layout[rank]
+        assert isinstance(region, Box)
+        sizes = dict(zip("mn", region.shape))
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for key, dims in self.moments.items():
+            shapes[key] = tuple(sizes[d] for d in dims), self.moment_dtype
+        holds = self.route.holds_rotations(rank)
+        for key, wanted, size in (
+            ("rotation_left", self.left, self.matrix.rows),
+            ("rotation_right", self.right, self.matrix.cols),
+        ):
+            if wanted:
+                shapes[key] = (size, size) if holds else (0, 0), self.rotation_dtype
+        return shapes
+
+    def state_bytes(self, rank: int) -> int:
+        """Bytes of moments and rotations on a rank."""
+        return sum(
+            math.prod(shape) * dtype.itemsize
+            for shape, dtype in self.state_shapes(rank).values()
+        )
+
+
+def plan_matrices(
+    facts: Sequence[Facts],
+    holdings: Sequence[Sequence[Region]],
+    *,
+    method: Method,
+    distribution: str,
+    first_index: int = 0,
+) -> list[MatrixPlan]:
+    """Plan every parameter that must be seen as a whole matrix.
+
+    Args:
+        facts: Of all parameters.
+        holdings: The regions of each parameter, by rank and then parameter.
+        method: The optimizer.
+        distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+        first_index: Position of the first parameter in the optimizer.
+
+    Returns:
+        The plans, equal on every rank.
+    """
+    world_size = len(holdings)
+    drafts = []
+    for i, fact in enumerate(facts):
+        if fact.trainable and needs_matrix(method, fact.shape, fact.options):
+            layout = tuple(regions[i] for regions in holdings)
+            drafts.append(_Draft.of(first_index + i, fact, layout, method))
+    everyone = range(world_size)
+    owners = assign_owners(
+        [d.cost for d in drafts], [everyone] * len(drafts), world_size
+    )
+    candidates = [d.candidate(owner) for d, owner in zip(drafts, owners)]
+    kinds = choose(candidates, world_size) if distribution == "auto" else None
+    plans = []
+    for i, (draft, candidate) in enumerate(zip(drafts, candidates)):
+        kind = kinds[i] if kinds is not None else distribution
+        wanted = candidate.broadcast if kind == "broadcast" else candidate.owner
+        plans.append(draft.plan(wanted or candidate.owner))
+    return plans
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Draft:
+    """A matrix before its owner is known."""
+
+    index: int
+    fact: Facts
+    matrix: MatrixLayout
+    left: bool
+    right: bool
+    cost: MatrixCost
+    rotation_bytes: int
+    moments: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, index: int, fact: Facts, layout: Layout, method: Method) -> _Draft:
+        options = fact.options
+        rows, cols = fact.shape[0], math.prod(fact.shape[1:])
+        left, right = rotated_sides((rows, cols), options)
+        work = torch.promote_types(fact.dtype, torch.float32)
+        matrix = MatrixLayout(
+            fact.name, rows, cols, layout, fact.dtype.itemsize, work.itemsize
+        )
+        moments = matrix_moments(method, options)
+        sizes = {"m": rows, "n": cols}
+        moment_numel = sum(
+            math.prod(sizes[d] for d in dims) for dims in moments.values()
+        )
+        rotation_numel = rows * rows * left + cols * cols * right
+        rotation_bytes = rotation_numel * rotation_dtype(options, fact.dtype).itemsize
+        moment_bytes = moment_numel * moment_dtype(options, fact.dtype).itemsize
+        cost = MatrixCost(
+            step_cost(rows, cols, left=left, right=right),
+            refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
+            options.refresh_every,
+            moment_bytes + rotation_bytes,
+        )
+        return cls(index, fact, matrix, left, right, cost, rotation_bytes, moments)
+
+    def candidate(self, owner: int) -> Candidate:
+        options = self.fact.options
+        two_sided_reproject = (
+            self.left and self.right and options.on_refresh == "reproject"
+        )
+        alone = len(self.matrix.layout) == 1
+        obstacle = broadcast_obstacle(
+            self.matrix, two_sided_reproject=two_sided_reproject
+        )
+        sides = {"left": self.left, "right": self.right}
+        other = None
+        if not alone and not obstacle:
+            other = broadcast_route(self.matrix, owner, basis=options.basis, **sides)
+        return Candidate(
+            self.matrix,
+            owner_route(self.matrix, owner, **sides),
+            other,
+            self.rotation_bytes,
+            self.cost.state_bytes,
+            options.refresh_every,
+        )
+
+    def plan(self, route: Route) -> MatrixPlan:
+        options, dtype = self.fact.options, self.fact.dtype
+        return MatrixPlan(
+            self.index,
+            self.matrix,
+            self.left,
+            self.right,
+            self.cost,
+            route,
+            moment_dtype(options, dtype),
+            rotation_dtype(options, dtype),
+            torch.promote_types(dtype, torch.float32),
+            self.moments,
+        )

@@ -1,0 +1,1 @@
+"""Helpers that users and tests share: the plain oracle, assertions, rank launchers."""
