@@ -154,7 +154,8 @@ class Engine:
             RuntimeError: On every rank, if a gradient anywhere is non-finite or
                 sparse (nothing has changed then), or if an owner fails.
         """
-        options = {id(e.group): Options.from_group(e.group) for e in self.entries}
+        groups = {id(entry.group): entry.group for entry in self.entries}
+        options = {key: Options.from_group(group) for key, group in groups.items()}
         grads = [entry.grad() for entry in self.entries]
         present = self._agree(grads, options)
         if present is None:
@@ -182,9 +183,7 @@ class Engine:
 
     def agreement_bytes(self) -> int:
         """Bytes of the all-reduce in which the ranks agree on a step."""
-        checked = any(
-            Options.from_group(e.group).nonfinite != "ignore" for e in self.entries
-        )
+        checked = any(e.group["nonfinite"] != "ignore" for e in self.entries)
         agrees = self.comm.size > 1 and checked
         return 4 * (len(self.entries) + 2) if agrees else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -15,6 +16,11 @@ from sharded_adadiag.integrations.parameters import local
 
 if TYPE_CHECKING:
     from sharded_adadiag.engine import Entry
+
+# torch's CPU kernel computes the entries after the last full vector with scalar code
+# that rounds otherwise. Where they are depends on how a tensor is sharded, so tensors
+# are padded to a multiple of this, which holds a vector of any dtype.
+VECTOR_NUMEL = 64
 
 
 def plain_update(
@@ -29,34 +35,73 @@ def plain_update(
     """
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
+        state = entry.state()
+        state["step"] += 1
         grad = entry.grad()
         if grad is None or grad.numel() == 0:
-            entry.state()["step"] += 1
             continue
-        kinds = entry.param.dtype, grad.dtype, local(entry.state()["exp_avg_sq"]).dtype
-        key = (id(entry.group), entry.param.device, *kinds, "exp_avg" in entry.state())
+        moment = local(state["exp_avg_sq"])
+        key = (
+            id(entry.group),
+            entry.param.device,
+            (entry.param.dtype, grad.dtype, moment.dtype),
+            int(state["step"]),
+            _needs_padding(grad),
+        )
         groups.setdefault(key, []).append(entry)
     for alike in groups.values():
-        entry = alike[0]
-        group = options[id(entry.group)]
-        same = entry.param.dtype == local(entry.state()["exp_avg_sq"]).dtype
-        if same and "exp_avg" in entry.state():
-            _fused(alike, group)
+        entry, group = alike[0], options[id(alike[0].group)]
+        state = entry.state()
+        same = entry.param.dtype == local(state["exp_avg_sq"]).dtype
+        update = _adamw if same and "exp_avg" in state else _by_direction
+        tensors = [_tensors(entry) for entry in alike]
+        if _needs_padding(tensors[0]["grad"]):
+            whole = {name: _joined([t[name] for t in tensors]) for name in tensors[0]}
+            update([whole], group, int(state["step"]))
+            for name, value in whole.items():
+                if name != "grad":
+                    _split_into(value, [t[name] for t in tensors])
         else:
-            _by_direction(alike, group)
+            update(tensors, group, int(state["step"]))
 
 
-def _fused(entries: Sequence[Entry], options: Options) -> None:
+def _tensors(entry: Entry) -> dict[str, Tensor]:
+    """The local tensors of a parameter, by name."""
+    grad = entry.grad()
+    assert grad is not None
+    state = {k: local(v) for k, v in entry.state().items() if k != "step"}
+    return {"param": entry.param, "grad": grad, **state}
+
+
+def _needs_padding(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() % VECTOR_NUMEL != 0
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat tensor with all entries, and ones up to a full vector."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    missing = -sum(t.numel() for t in flat) % VECTOR_NUMEL
+    return torch.cat([*flat, flat[0].new_ones(missing)])
+
+
+def _split_into(whole: Tensor, tensors: Sequence[Tensor]) -> None:
+    start = 0
+    for tensor in tensors:
+        part = whole[start : start + tensor.numel()]
+        tensor.copy_(part.view(tensor.shape))
+        start += tensor.numel()
+
+
+def _adamw(tensors: Sequence[dict[str, Tensor]], options: Options, step: int) -> None:
     """AdamW as torch has it."""
-    fused = entries[0].param.device.type == "cpu"
-    states = [entry.state() for entry in entries]
+    fused = tensors[0]["param"].device.type == "cpu"
     adamw(
-        [entry.param for entry in entries],
-        _grads(entries),
-        [local(state["exp_avg"]) for state in states],
-        [local(state["exp_avg_sq"]) for state in states],
+        [t["param"] for t in tensors],
+        [t["grad"] for t in tensors],
+        [t["exp_avg"] for t in tensors],
+        [t["exp_avg_sq"] for t in tensors],
         [],
-        [state["step"] for state in states],
+        [torch.tensor(step - 1.0) for _ in tensors],
         fused=fused,
         foreach=not fused,
         amsgrad=False,
@@ -69,24 +114,16 @@ def _fused(entries: Sequence[Entry], options: Options) -> None:
     )
 
 
-def _by_direction(entries: Sequence[Entry], options: Options) -> None:
+def _by_direction(
+    tensors: Sequence[dict[str, Tensor]], options: Options, step: int
+) -> None:
     """Moments in a dtype of their own, or no first moment."""
     lr = float(options.lr)
-    states = [entry.state() for entry in entries]
-    for state in states:
-        state["step"] += 1
-    moments = [
-        {k: local(v) for k, v in state.items() if k != "step"} for state in states
-    ]
-    work = [g.float() if g.element_size() < 4 else g for g in _grads(entries)]
+    work = torch.promote_types(tensors[0]["grad"].dtype, torch.float32)
     directions = adam_directions(
-        work, moments, options, [int(state["step"]) for state in states]
+        [t["grad"].to(work) for t in tensors], tensors, options, [step] * len(tensors)
     )
-    for entry, direction in zip(entries, directions):
+    for t, direction in zip(tensors, directions):
         if options.weight_decay:
-            entry.param.mul_(1.0 - lr * options.weight_decay)
-        entry.param.add_(direction, alpha=lr if options.maximize else -lr)
-
-
-def _grads(entries: Sequence[Entry]) -> list[Tensor]:
-    return [grad for entry in entries if (grad := entry.grad()) is not None]
+            t["param"].mul_(1.0 - lr * options.weight_decay)
+        t["param"].add_(direction, alpha=lr if options.maximize else -lr)

@@ -1,0 +1,159 @@
+"""Run a function on several ranks of a gloo group: as threads or as processes."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_threads(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run ``body(rank, *args)`` on ranks that are threads of this process.
+
+    Fast enough for 64 ranks, and an exception on one rank ends the run. Threads share
+    the global random state, so pass generators. Stands on torch's private
+    threaded process group, tried with torch 2.13.
+
+    Args:
+        world_size: Number of ranks.
+        body: The function; the default group exists while it runs.
+        *args: Further arguments.
+
+    Returns:
+        What each rank returned.
+
+    Raises:
+        RuntimeError: If any rank raised; with its traceback.
+    """
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    c10d: Any = torch._C._distributed_c10d
+    isolate = c10d._set_thread_isolation_mode
+    results: list[Any] = [None] * world_size
+    errors: dict[int, BaseException] = {}
+    isolate(True)
+    world = threaded._install_threaded_pg()
+    store = c10d.HashStore()
+
+    def rank_main(rank: int) -> None:
+        try:
+            dist.init_process_group(
+                backend="threaded", rank=rank, world_size=world_size, store=store
+            )
+            results[rank] = body(rank, *args)
+        except BaseException as error:
+            errors[rank] = error
+            threaded.ProcessLocalGroup.exception_handle(error)
+        finally:
+            if world.default_pg is not None:
+                dist.destroy_process_group()
+
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        threaded.ProcessLocalGroup.reset()
+        threaded._uninstall_threaded_pg()
+        isolate(False)
+    _raise_first(errors)
+    return results
+
+
+def run_processes(
+    world_size: int, body: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """Run ``body(rank, *args)`` on ranks that are processes of a gloo group.
+
+    Args:
+        world_size: Number of ranks.
+        body: A function that can be pickled; the default group exists while it runs.
+        *args: Further arguments, picklable.
+        timeout_s: Of the group's collectives.
+
+    Returns:
+        What each rank returned; it must be picklable.
+
+    Raises:
+        RuntimeError: If any rank raised; with its traceback.
+    """
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(
+            target=_process_main,
+            args=(rank, world_size, port, timeout_s, queue, body, args),
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    errors: dict[int, BaseException] = {}
+    for _ in processes:
+        rank, value, error = queue.get()
+        if error is None:
+            results[rank] = value
+        else:
+            errors[rank] = RuntimeError(error)
+    for process in processes:
+        process.join()
+    _raise_first(errors)
+    return [results[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _process_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout_s: float,
+    queue: Any,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    try:
+        queue.put((rank, body(rank, *args), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+    finally:
+        # A process that still holds a DeviceMesh at interpreter exit may abort
+        # (torch 2.13, gloo), so it leaves without one.
+        dist.destroy_process_group()
+        os._exit(0)
+
+
+def _raise_first(errors: dict[int, BaseException]) -> None:
+    # A rank that is stopped because another one raised gets a SystemExit.
+    own = {r: e for r, e in errors.items() if not isinstance(e, SystemExit)} or errors
+    if own:
+        rank = min(own)
+        text = "".join(traceback.format_exception(own[rank]))
+        raise RuntimeError(f"rank {rank} failed:\n{text}") from own[rank]
