@@ -161,8 +161,8 @@ def build_run(settings: Settings, here: ranks.Ranks) -> Run:
     shard(model, settings, here)
     optimizer = build_optimizer(model, settings)
     here.say(
-        f"LLaMA {settings.model}: {num_parameters:,} parameters on {here.world_size}"
-        f" ranks ({here.device.type}), {settings.optimizer}; writing to {folder}"
+        f"LLaMA {settings.model}: {num_parameters:,} parameters, {settings.optimizer},"
+        f" world size {here.world_size} on {here.device.type}; writing to {folder}"
     )
     run = Run(
         settings=settings,

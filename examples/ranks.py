@@ -60,19 +60,21 @@ def start(device: str) -> Ranks:
     if device == "auto":
         device = _best_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     backend = "nccl" if device == "cuda" else "gloo"
+    gpu = None
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
+        gpu = torch.device("cuda", local_rank)
+        torch.cuda.set_device(gpu)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=gpu)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, device_id=gpu, **alone)
     world_size = dist.get_world_size()
     return Ranks(
         rank=dist.get_rank(),
         local_rank=local_rank,
         world_size=world_size,
-        device=torch.device(device, local_rank if device == "cuda" else None),
+        device=gpu or torch.device("cpu"),
         mesh=init_device_mesh(device, (world_size,)),
     )
 

@@ -95,6 +95,7 @@ class BlockUpdates:
             wire,
             dtypes,
             device=self.engine._device,
+            slot=f"hop {k} {'back' if back else 'there'}",
         )
         for i, piece in zip(who, moved):
             work[i] = piece
@@ -232,7 +233,7 @@ class BlockUpdates:
                 wire.append(piece.dtype)
                 work.append(m.work_dtype)
         collected, _ = engine.exchange.run(
-            collect, sent, wire, work, device=engine._device
+            collect, sent, wire, work, device=engine._device, slot="collected"
         )
         found = [
             self._basis(m, gathered, options)
@@ -290,7 +291,7 @@ class BlockUpdates:
                     rotations_.append(new.to(m.rotation_dtype))
         dtypes = [m.rotation_dtype for m, _ in sides]
         arrived, _ = self.engine.exchange.run(
-            plan, rotations_, dtypes, dtypes, device=device
+            plan, rotations_, dtypes, dtypes, device=device, slot="rotations"
         )
         for (m, key), rotation in zip(sides, arrived):
             rotation = rotation.to(torch.promote_types(m.work_dtype, m.rotation_dtype))

@@ -340,18 +340,24 @@ class Engine:
         gather, scatter = bucket.hops[0]
         work = [m.work_dtype for m in bucket.matrices]
         wire = [self.entries[m.index].facts.dtype for m in bucket.matrices]
-        full, _ = self.exchange.run(gather, pieces, wire, work, device=self._device)
+        device = self._device
+        full, _ = self.exchange.run(
+            gather, pieces, wire, work, device=device, slot="gathered"
+        )
 
         failure: Exception | None = None
         status = 0
         updates = list(full)
         try:
             self._compute(bucket, jobs, updates, options)
-        except Exception as error:  # the other ranks wait for this one's chunk
+        except Exception as error:
+            if self.comm.size == 1:
+                raise
+            # The other ranks wait for this one's chunk: fail after it is sent.
             failure, status = error, 1 + self._computing
 
         back, statuses = self.exchange.run(
-            scatter, updates, work, work, device=self._device, status=status
+            scatter, updates, work, work, device=device, status=status, slot="updates"
         )
         for rank, word in enumerate(statuses):
             if word:

@@ -128,23 +128,29 @@ VARIANTS = {
 }
 BASES = [
     ("svd", "carry"),
-    ("eigh", "reproject"),
     ("svd", "reproject"),
+    ("eigh", "reproject"),
     ("eigh", "carry"),
 ]
+
+
+def bases_to_try(rotation, variant):
+    """All four with the first variant, then two by turns; one if none is used."""
+    if rotation == "none":
+        return BASES[:1]
+    return BASES[variant % 2 :: 2] if variant else BASES
+
+
 CASES = [
     pytest.param(
         method,
-        {"basis": basis, "on_refresh": on_refresh, **rotation, **variant},
-        id=f"{method}-{name}-{basis}-{on_refresh}-{i}",
+        {"basis": basis, "on_refresh": on_refresh, **ROTATIONS[rotation], **options},
+        id=f"{method}-{rotation}-{basis}-{on_refresh}-{variant}",
     )
-    for method, variants in VARIANTS.items()
-    for i, variant in enumerate(variants)
-    for name, rotation in ROTATIONS.items()
-    # All with the first variant, then two by turns; one if there is no basis.
-    for basis, on_refresh in (
-        BASES[::4] if name == "none" else BASES[i % 2 :: 1 + (i > 0)]
-    )
+    for method in OPTIMIZERS
+    for variant, options in enumerate(VARIANTS[method])
+    for rotation in ROTATIONS
+    for basis, on_refresh in bases_to_try(rotation, variant)
 ]
 
 

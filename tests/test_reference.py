@@ -671,6 +671,29 @@ def test_reprojected_factors_of_the_rotated_side_keep_what_they_mean(side, key):
     close(state[other], plain[other], 1e-15, other)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refresh_that_only_reorders_the_basis_changes_nothing_if_reprojected(
+    method, side
+):
+    """The singular values change places in a 3-cycle, which is not its own inverse.
+
+    By eigh, so that each vector keeps its sign whatever its partner does.
+    """
+    u, grads = random_orthogonal(3, seed=9), []
+    for t in range(6):
+        spectrum = 1e-2 * torch.tensor([3.0, 2.0, 1.0]).double().roll(t)
+        grads.append((u * spectrum) @ random_orthogonal(5, seed=t)[:3])
+    grads = torch.stack(grads if side == "left" else [g.mT for g in grads])
+    options = {"lr": 1e-2, "basis": "eigh", "side": side, "on_refresh": "reproject"}
+    often, last = run(method, grads, refresh_every=1, **options)
+    never, first = run(method, grads, refresh_every=None, **options)
+    order = [2, 0, 1]  # after five cycles
+    rotation = f"rotation_{side}"
+    close(last[rotation], first[rotation][:, order], 1e-12, rotation)
+    close(often, never, 1e-12)
+
+
 def test_a_carried_moment_is_not_touched_by_a_refresh():
     grads = random_matrices(6, 6, 9)
     _, before = run("adadiag", grads[:5], betas=BETAS, refresh_every=5)

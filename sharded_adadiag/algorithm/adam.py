@@ -68,10 +68,10 @@ def adam_directions(
     beta1, beta2 = options.betas
     exp_avgs = [_working(s.get("exp_avg"), g) for s, g in zip(states, grads)]
     exp_avg_sqs = [_working(s["exp_avg_sq"], g) for s, g in zip(states, grads)]
-    # A step of size one from zero leaves minus the direction.
-    negative = [torch.zeros_like(g) for g in grads]
+    # A descent step of size minus one from zero ends at the direction.
+    directions = [torch.zeros_like(g) for g in grads]
     adamw(
-        negative,
+        directions,
         list(grads),
         exp_avgs,
         exp_avg_sqs,
@@ -81,7 +81,7 @@ def adam_directions(
         amsgrad=False,
         beta1=beta1 if "exp_avg" in states[0] else 0.0,
         beta2=beta2,
-        lr=1.0,
+        lr=-1.0,
         weight_decay=0.0,
         eps=options.eps,
         maximize=False,
@@ -90,7 +90,7 @@ def adam_directions(
         for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if key in state and state[key] is not value:
                 state[key].copy_(value)
-    return [n.neg_() for n in negative]
+    return directions
 
 
 def _working(moment: Tensor | None, grad: Tensor) -> Tensor:

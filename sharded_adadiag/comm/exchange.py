@@ -6,7 +6,8 @@ other in the collective it is in anyway, and all can raise together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Exchange:
         *,
         device: torch.device,
         status: int = 0,
+        slot: str = "",
     ) -> tuple[list[Tensor], list[int]]:
         """Move every matrix of the plan.
 
@@ -47,6 +49,8 @@ class Exchange:
             work: Dtype wanted of each at the target.
             device: Where the pieces are.
             status: This rank's status word; 0 is well.
+            slot: Where the results are put: they are overwritten by the next exchange
+                with the same slot. Empty for memory of their own.
 
         Returns:
             This rank's piece of each matrix in the target layout, and the status
@@ -60,14 +64,14 @@ class Exchange:
         if not plan.is_local:
             received = self._all_to_all(plan, pieces, wire, device, status)
         results: list[Tensor] = []
+        room = self._room(plan, work, slot, device)
         moved = self._arrivals(plan, received, wire)
         for i, hop in enumerate(plan.hops):
             wanted = hop.target[rank]
             if hop.source[rank] == wanted and not hop.summed:
                 results.append(pieces[i].to(work[i]))
             else:
-                target = torch.zeros if hop.summed else torch.empty
-                out = target(wanted.shape, dtype=work[i], device=device)
+                out = next(room)
                 self._fill(out, hop, pieces[i], moved.get(i, ()), rank)
                 results.append(out)
         if received is not None:
@@ -149,7 +153,7 @@ class Exchange:
         wanted = hop.target[rank]
         if hop.summed:
             if out.numel():
-                out.add_(piece)
+                out.copy_(piece)
             for _, data in moved:
                 out.add_(data.view(out.shape))
             return
@@ -162,6 +166,31 @@ class Exchange:
         for slot, data in moved:
             view = window(out, wanted, slot.transfer.region, hop.cols)
             view.copy_(data.view(view.shape))
+
+    def _room(
+        self,
+        plan: ExchangePlan,
+        work: Sequence[torch.dtype],
+        slot: str,
+        device: torch.device,
+    ) -> Iterator[Tensor]:
+        """Uninitialised results for the matrices that move, in order."""
+        rank = self.comm.rank
+        shapes = [
+            (hop.target[rank].shape, dtype)
+            for hop, dtype in zip(plan.hops, work)
+            if hop.summed or hop.source[rank] != hop.target[rank]
+        ]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
+        if not slot:
+            yield from (torch.empty(s, dtype=d, device=device) for s, d in shapes)
+            return
+        strides = [-(-size // 64) * 64 for size in sizes]
+        buffer = self._buffer(slot, device, sum(strides))
+        start = 0
+        for (shape, dtype), size, stride in zip(shapes, sizes, strides):
+            yield buffer[start : start + size].view(dtype).view(shape)
+            start += stride
 
     def _buffer(self, name: str, device: torch.device, size: int) -> Tensor:
         """``size`` bytes, kept between steps."""
