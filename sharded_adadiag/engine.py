@@ -111,8 +111,6 @@ class Engine:
         """
         planned = {matrix.index: matrix for matrix in self.matrices}
         for i, entry in enumerate(self.entries):
-            if not entry.facts.trainable:
-                continue
             state = entry.state()
             state.setdefault("step", torch.tensor(0.0))
             matrix = planned.get(i)
@@ -255,45 +253,48 @@ class Engine:
         Returns:
             Which parameters take part, the same on all ranks; None to do nothing.
         """
-        count = len(self.entries)
-        flags = torch.zeros(count + 2, dtype=torch.int32)
         checked = [options[id(e.group)].nonfinite != "ignore" for e in self.entries]
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                flags[i] = 1
-                if grad.is_sparse or grad.layout is not torch.strided:
-                    flags[count] = max(int(flags[count]), 4 * i + _SPARSE)
-        if int(flags[count]) == 0 and (any(checked) or not self._started):
-            problem, nonzero = self._inspect(grads, checked)
-            flags[count], flags[count + 1] = problem, nonzero
+        present = [int(grad is not None) for grad in grads]
+        problem = self._problem(grads, checked)
+        nonzero: int = self._started or any(
+            grad is not None and not problem and bool(grad.any()) for grad in grads
+        )
+        flags = [*present, problem, int(nonzero)]
         if self.comm.size > 1 and (any(checked) or not self._started):
-            flags = flags.to(self.comm.device(self._device))
-            self.comm.all_reduce_max_(flags)
-        *present, problem, nonzero = flags.tolist()
+            shared = torch.tensor(flags, dtype=torch.int32)
+            shared = shared.to(self.comm.device(self._device))
+            self.comm.all_reduce_max_(shared)
+            flags = shared.tolist()
+        *present, problem, nonzero = flags
         if problem:
             self._refuse(problem, options)
             return None
-        if not self._started and not nonzero:
+        if not nonzero:
             return None
         self._started = True
         return [bool(p) for p in present]
 
-    def _inspect(
-        self, grads: Sequence[Tensor | None], checked: Sequence[bool]
-    ) -> tuple[int, int]:
-        """The worst problem of this rank's gradients, and whether any is not zero."""
-        there = [(i, g) for i, g in enumerate(grads) if g is not None and g.numel() > 0]
-        if not there:
-            return 0, 0
-        # The largest magnitude is NaN or Inf exactly if an entry is; one pass, no
-        # temporary, one transfer to the host.
-        peaks = torch._foreach_norm([g for _, g in there], ord=float("inf"))
-        sizes = torch.stack([peak.double() for peak in peaks]).tolist()
-        problem = 0
-        for (i, _), size in zip(there, sizes):
-            if checked[i] and not math.isfinite(size):
-                problem = max(problem, 4 * i + _NONFINITE)
-        return problem, int(any(size != 0.0 for size in sizes))
+    def _problem(self, grads: Sequence[Tensor | None], checked: Sequence[bool]) -> int:
+        """The worst problem of this rank's gradients; 0 if there is none."""
+        there = [(i, g) for i, g in enumerate(grads) if g is not None]
+        sparse = [4 * i + _SPARSE for i, g in there if g.layout is not torch.strided]
+        if sparse:
+            return max(sparse)
+        dense = [(i, g) for i, g in there if checked[i] and g.numel() > 0]
+        if not dense:
+            return 0
+        # A sum is finite only if every entry is. It is one pass without a temporary
+        # and one transfer to the host; a sum that merely overflowed is looked into.
+        sums = [
+            g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for _, g in dense
+        ]
+        doubtful = [
+            (i, g)
+            for (i, g), total in zip(dense, torch.stack(sums).tolist())
+            if not math.isfinite(total)
+        ]
+        bad = [4 * i + _NONFINITE for i, g in doubtful if not g.isfinite().all()]
+        return max(bad, default=0)
 
     def _refuse(self, problem: int, options: dict[int, Options]) -> None:
         index, kind = divmod(problem, 4)

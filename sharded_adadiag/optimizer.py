@@ -282,18 +282,19 @@ class RotatedOptimizer(Optimizer):
         return [f"parameter {before + i}" for i in range(len(group["params"]))]
 
     def _prepared(self) -> Engine:
-        """The engine, with a plan for every parameter that requires a gradient."""
+        """The engine, with a plan for every parameter that is trained."""
         params = [p for group in self.param_groups for p in group["params"]]
         if self._engine is None:
             comm = communicator(find_group(params, self._process_group))
             self._engine = Engine(self.method, comm, self._distribution)
-        if all(p in self._planned for p in params if p.requires_grad):
+        # As in torch.optim, a parameter without requires_grad may have a gradient.
+        if all(p in self._planned for p in params if _is_trained(p)):
             return self._engine
         new: list[tuple[str, Tensor, dict[str, Any]]] = [
             (name, param, group)
             for group in self.param_groups
             for name, param in zip(self._names(group), group["params"])
-            if param.requires_grad and param not in self._planned
+            if _is_trained(param) and param not in self._planned
         ]
         published = self._engine.comm.all_gather_object(_publish(new))
         _raise_on_mismatch(published)
@@ -324,6 +325,10 @@ class RotatedOptimizer(Optimizer):
         )
 
 
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad or param.grad is not None
+
+
 def _check_parameter(name: str, param: Tensor, method: Method) -> None:
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else "integer"
@@ -350,7 +355,7 @@ def _publish(new: list[tuple[str, Tensor, dict[str, Any]]]) -> Published:
             # The learning rate is no part of the plan, and may be a tensor.
             options = dataclasses.replace(Options.from_group(group), lr=0.0)
             described.append((
-                Facts(name, mine.shape, param.dtype, param.requires_grad, options),
+                Facts(name, mine.shape, param.dtype, options),
                 mine,
             ))
     except (NotImplementedError, ValueError) as error:

@@ -38,14 +38,12 @@ class Facts:
         name: Its name, or its position as text.
         shape: Its logical shape.
         dtype: Its dtype.
-        trainable: Whether it requires a gradient.
         options: Its group's options.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    trainable: bool
     options: Options
 
 
@@ -137,7 +135,7 @@ def plan_matrices(
     world_size = len(holdings)
     drafts = []
     for i, fact in enumerate(facts):
-        if fact.trainable and needs_matrix(method, fact.shape, fact.options):
+        if needs_matrix(method, fact.shape, fact.options):
             layout = tuple(regions[i] for regions in holdings)
             drafts.append(_Draft.of(first_index + i, fact, layout, method))
     everyone = range(world_size)

@@ -209,6 +209,22 @@ def test_in_float32_the_steps_are_those_of_the_reference_to_its_precision(method
     compare_with_reference(method, gradients, 1e-4, torch.float32, options)
 
 
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_large_matrices_which_are_not_stacked_give_the_steps_of_the_reference(method):
+    options = {"lr": 1e-2, "refresh_every": 2}
+    grads = random_matrices(4, 160, 224)
+    ours, theirs = ([trainable(g) for g in grads[:2]] for _ in range(2))
+    optimizer = OPTIMIZERS[method](ours, **options)
+    reference = ReferenceOptimizer(method, theirs, **options)
+    for grad in grads:
+        for p in (*ours, *theirs):
+            p.grad = grad + p.detach()
+        optimizer.step()
+        reference.step()
+    for actual, expected in zip(ours, theirs):
+        close(actual, expected, 1e-10)
+
+
 def test_groups_have_their_own_options_and_parameters_may_lack_gradients():
     grads = random_matrices(9, 6, 9)
     ours, theirs = (

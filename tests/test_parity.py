@@ -14,12 +14,11 @@ from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import (
     HARD_CASES,
-    ONE_PARAMETER,
     Case,
     gradients,
     weights,
 )
-from sharded_adadiag.testing.ranks import run_processes, run_threads
+from sharded_adadiag.testing.ranks import run_threads
 
 CLASSES = {"AdaDiag": AdaDiag, "AdafacDiag": AdafacDiag, "HfacDiag": HfacDiag}
 STEPS, PERIOD = 30, 12  # refreshes at steps 1, 13 and 25

@@ -270,6 +270,13 @@ def test_adafacdiag_without_rotation_is_adafactor(momentum, threshold, sides, gr
     close(actual, expected, 1e-12)
 
 
+@pytest.mark.parametrize("method", ["adadiag", "hfacdiag"])
+def test_only_adafacdiag_can_do_without_momentum(method):
+    grads = random_matrices(3, 6, 9)
+    same, _ = run(method, grads, momentum=False)
+    assert_equal(same, run(method, grads)[0])
+
+
 @pytest.mark.parametrize("sides, grads", UNROTATED.values(), ids=UNROTATED)
 @pytest.mark.parametrize("threshold", [None, 1.0, 0.5])
 def test_hfacdiag_without_rotation_is_hfac(threshold, sides, grads):
@@ -888,7 +895,7 @@ def test_the_hamiltonian_decreases_if_b_is_at_most_4a(b, decreases):
         )
     increases = (np.diff(energies) > 0).sum()
     assert increases == 0 if decreases else increases > 100
-    assert energies[-1] < 0.9 * energies[0]
+    assert energies[-1] < energies[0] - 1.0
 
 
 # The optimizer around it, and the assertions.

@@ -23,7 +23,7 @@ from sharded_adadiag.algorithm.rotation import (
     rotate_back,
     suppress_noise,
 )
-from sharded_adadiag.algorithm.state import Method
+from sharded_adadiag.algorithm.state import Method, rotated_sides
 from sharded_adadiag.algorithm.sums import Sums, run_on_full_matrices
 from sharded_adadiag.config import Options
 
@@ -99,7 +99,8 @@ def moment_rule(
     Returns:
         N_t of each.
     """
-    quiet = yield from suppress_noise(rotated, options.noise_floor)
+    floor = options.noise_floor if any(rotated_sides(shape, options)) else 0.0
+    quiet = yield from suppress_noise(rotated, floor)
     return (yield from method.rule(quiet, states, options, steps, shape))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import socket
 import threading
@@ -106,7 +107,7 @@ def run_processes(
     for _ in processes:
         rank, value, error = queue.get()
         if error is None:
-            results[rank] = value
+            results[rank] = torch.load(io.BytesIO(value), weights_only=False)
         else:
             errors[rank] = RuntimeError(error)
     for process in processes:
@@ -140,7 +141,10 @@ def _process_main(
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     try:
-        queue.put((rank, body(rank, *args), None))
+        # By value: tensors would be shared by a process that is about to end.
+        buffer = io.BytesIO()
+        torch.save(body(rank, *args), buffer)
+        queue.put((rank, buffer.getvalue(), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
     finally:

@@ -1,0 +1,423 @@
+"""The classes are good ``torch.optim`` citizens, and say what is wrong by name."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
+from sharded_adadiag.algorithm import basis as basis_module
+from sharded_adadiag.testing.assertions import assert_equal
+
+CLASSES = [AdaDiag, AdafacDiag, HfacDiag]
+
+
+def parameters(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"wide": (5, 8), "tall": (8, 5), "conv": (4, 2, 3, 3), "bias": (7,)}
+    return [
+        (name, nn.Parameter(torch.randn(s, generator=generator).to(dtype)))
+        for name, s in shapes.items()
+    ]
+
+
+def give_gradients(named, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    for _, param in named:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def run(opt, named, start, stop):
+    for step in range(start, stop):
+        give_gradients(named, step)
+        opt.step()
+
+
+def weights(named):
+    return [param.detach().clone() for _, param in named]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("named_groups", [False, True])
+def test_a_reloaded_optimizer_continues_bit_for_bit(cls, named_groups):
+    def build():
+        named = parameters()
+        given = named if named_groups else [p for _, p in named]
+        return named, cls(given, lr=1e-2, refresh_every=4, weight_decay=0.1)
+
+    named, opt = build()
+    run(opt, named, 0, 10)
+    other_named, other = build()
+    run(other, other_named, 0, 6)
+    buffer = io.BytesIO()
+    torch.save(other.state_dict(), buffer)
+    buffer.seek(0)
+    third_named, third = build()
+    for (_, a), (_, b) in zip(third_named, other_named):
+        a.data.copy_(b.data)
+    third.load_state_dict(torch.load(buffer, weights_only=True))
+    run(third, third_named, 6, 10)
+    for a, b in zip(weights(third_named), weights(named)):
+        assert_equal(a, b)
+
+
+def test_loading_into_an_optimizer_that_has_run_replaces_its_state():
+    named, opt = parameters(), None
+    opt = AdaDiag(named, lr=1e-2, refresh_every=4)
+    run(opt, named, 0, 3)
+    saved, then = copy.deepcopy(opt.state_dict()), weights(named)
+    run(opt, named, 3, 9)
+    want = weights(named)
+    for (_, param), weight in zip(named, then):
+        param.data.copy_(weight)
+    opt.load_state_dict(saved)
+    run(opt, named, 3, 9)
+    for a, b in zip(weights(named), want):
+        assert_equal(a, b)
+
+
+def test_states_keep_their_dtype_and_their_memory_when_loaded():
+    named = parameters(dtype=torch.bfloat16)
+    options = {"state_dtype": torch.float32, "rotation_dtype": torch.float64}
+    opt = AdaDiag(named, **options)
+    run(opt, named, 0, 2)
+    saved = opt.state_dict()
+    other = AdaDiag(parameters(dtype=torch.bfloat16), **options)
+    other.load_state_dict(saved)
+    for i, state in enumerate(other.state.values()):
+        for key, value in state.items():
+            want = saved["state"][i][key]
+            assert value.dtype == want.dtype
+            assert torch.equal(value, want)
+            assert value.data_ptr() != want.data_ptr()
+    first = next(iter(opt.state.values()))
+    assert first["exp_avg"].dtype == torch.float32
+    assert first["rotation_left"].dtype == torch.float64
+
+
+def test_states_take_the_parameters_dtype_by_default():
+    named = parameters(dtype=torch.bfloat16)
+    opt = AdaDiag(named)
+    run(opt, named, 0, 1)
+    for state in opt.state.values():
+        kinds = {value.dtype for key, value in state.items() if key != "step"}
+        assert kinds == {torch.bfloat16}
+
+
+def test_a_loaded_state_of_the_wrong_shape_names_the_parameter_and_both_shapes():
+    named = parameters()
+    opt = AdaDiag(named)
+    run(opt, named, 0, 1)
+    saved = opt.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(5, 9)
+    other = AdaDiag(parameters())
+    other.load_state_dict(saved)
+    give_gradients(named, 1)
+    with pytest.raises(ValueError, match=r"wide: .*exp_avg.*\(5, 9\).*\(5, 8\)"):
+        other.state_bytes()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_schedulers_closures_hooks_and_zero_grad_work(cls):
+    named = parameters()
+    opt = cls(named, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        opt.zero_grad()
+        loss = sum((param**2).sum() for _, param in named)
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    scheduler.step()
+    assert opt.step(closure) < first
+    assert calls == ["pre", "post"] * 2
+    assert opt.param_groups[0]["lr"] == 0.05
+    opt.zero_grad()
+    assert all(param.grad is None for _, param in named)
+
+
+def test_one_cycle_may_change_the_betas():
+    named = parameters()
+    opt = AdaDiag(named, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=5)
+    run(opt, named, 0, 1)
+    scheduler.step()
+    assert opt.param_groups[0]["betas"][0] != 0.9
+    run(opt, named, 1, 2)
+
+
+def test_a_tensor_learning_rate_gives_the_same_steps():
+    one, two = parameters(), parameters()
+    run(AdaDiag(one, lr=0.25), one, 0, 3)
+    run(AdaDiag(two, lr=torch.tensor(0.25)), two, 0, 3)
+    for a, b in zip(weights(one), weights(two)):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_copies_continue_as_the_original_does(how):
+    named = parameters()
+    params = [p for _, p in named]
+    opt = AdaDiag(params, lr=1e-2, refresh_every=3)
+    run(opt, named, 0, 2)
+    if how == "pickle":
+        twin, twins = pickle.loads(pickle.dumps((opt, params)))
+    else:
+        twin, twins = copy.deepcopy((opt, params))
+    twin_named = [(name, p) for (name, _), p in zip(named, twins)]
+    run(opt, named, 2, 6)
+    run(twin, twin_named, 2, 6)
+    for a, b in zip(weights(named), weights(twin_named)):
+        assert_equal(a, b)
+
+
+def test_groups_have_options_of_their_own_and_later_groups_join():
+    named = parameters()
+    opt = AdaDiag([{"params": named[:2], "lr": 0.0, "sides": "two"}], lr=1e-2)
+    before = weights(named)
+    run(opt, named, 0, 2)
+    assert_equal(weights(named)[0], before[0])
+    opt.add_param_group({"params": named[2:], "rotate": False})
+    run(opt, named, 2, 4)
+    assert not torch.equal(weights(named)[2], before[2])
+    assert "rotation_right" in opt.state[named[0][1]]
+    assert sorted(opt.state[named[2][1]]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert float(opt.state[named[0][1]]["step"]) == 4.0
+    assert float(opt.state[named[2][1]]["step"]) == 2.0
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    named = parameters()
+    opt = AdaDiag(named, lr=1e-2, weight_decay=0.1)
+    give_gradients(named, 0)
+    named[0][1].grad = None
+    before = weights(named)
+    opt.step()
+    assert_equal(weights(named)[0], before[0])
+    assert float(opt.state[named[0][1]]["step"]) == 0.0
+    assert not torch.equal(weights(named)[1], before[1])
+
+
+def test_maximize_climbs():
+    param = nn.Parameter(torch.ones(3, 4))
+    opt = AdaDiag([param], lr=0.1, maximize=True)
+    param.grad = torch.ones(3, 4)
+    opt.step()
+    assert bool((param.sum() > 12.0).item())
+
+
+BAD_OPTIONS = {
+    "lr": -1.0,
+    "betas": (0.9, 1.0),
+    "eps": -1e-8,
+    "weight_decay": float("nan"),
+    "sides": "three",
+    "side": "up",
+    "refresh_every": 0,
+    "on_refresh": "drop",
+    "basis": "qr",
+    "max_rotated_dim": 0,
+    "noise_floor": -1.0,
+    "nonfinite": "hide",
+    "state_dtype": torch.int32,
+    "rotation_dtype": "float32",
+    "distribution": "everyone",
+    "maximize": "yes",
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_an_invalid_option_is_refused_with_its_name_value_and_rule(name):
+    value = BAD_OPTIONS[name]
+    with pytest.raises(ValueError, match=f"invalid {name}: got .*must be") as caught:
+        AdaDiag(parameters(), **{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lr", "sides", "nonfinite"])
+def test_an_invalid_option_of_a_group_is_refused_and_the_group_is_not_added(name):
+    opt = AdaDiag(parameters()[:1])
+    with pytest.raises(ValueError, match=f"invalid {name}"):
+        opt.add_param_group({"params": parameters()[1:], name: BAD_OPTIONS[name]})
+    assert len(opt.param_groups) == 1
+
+
+def test_clip_threshold_and_momentum_belong_to_the_methods_that_have_them():
+    with pytest.raises(TypeError, match="AdaDiag has no option 'clip_threshold'"):
+        AdaDiag(parameters(), clip_threshold=1.0)
+    with pytest.raises(TypeError, match="HfacDiag has no option 'momentum'"):
+        HfacDiag(parameters(), momentum=False)
+    with pytest.raises(ValueError, match="invalid clip_threshold: got 0"):
+        AdafacDiag(parameters(), clip_threshold=0)
+
+
+def test_an_unknown_group_key_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown param group key 'rotated'"):
+        AdaDiag([{"params": parameters(), "rotated": True}])
+
+
+@pytest.mark.parametrize(
+    "tensor,error",
+    [
+        (torch.ones(3, 3, dtype=torch.int64), "integer dtype torch.int64"),
+        (torch.ones(3, 3, dtype=torch.complex64), "complex dtype torch.complex64"),
+        (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
+    ],
+)
+def test_parameters_of_another_kind_are_refused_by_name(tensor, error):
+    with pytest.raises(TypeError, match=f"strange: .*{error}"):
+        AdaDiag([("strange", tensor)])
+
+
+def test_sparse_gradients_are_refused_by_name():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    opt = AdaDiag(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="weight: .*sparse gradients"):
+        opt.step()
+
+
+def test_a_process_group_must_be_one():
+    with pytest.raises(TypeError, match="process_group must be"):
+        AdaDiag(parameters(), process_group="world")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_nothing_changes_when_a_gradient_is_not_finite(cls):
+    named = parameters()
+    opt = cls(named, lr=1e-2)
+    run(opt, named, 0, 2)
+    before = weights(named) + [
+        v.clone() for s in opt.state.values() for v in s.values()
+    ]
+    give_gradients(named, 2)
+    named[1][1].grad[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="tall: .*NaN or Inf"):
+        opt.step()
+    after = weights(named) + [v for s in opt.state.values() for v in s.values()]
+    for a, b in zip(after, before):
+        assert_equal(a, b)
+
+
+def test_large_finite_gradients_are_not_mistaken_for_infinite_ones():
+    """Their sum overflows float32; every entry is finite."""
+    param = nn.Parameter(torch.zeros(4, 4))
+    opt = AdaDiag([("big", param)], lr=1e-2)
+    param.grad = torch.full((4, 4), 3e38)
+    opt.step()
+    assert float(opt.state[param]["step"]) == 1.0
+
+
+def warnings_of(body):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        body()
+    return [str(w.message) for w in caught]
+
+
+def failing(exception, monkeypatch, names):
+    for name in names:
+
+        def fail(*args, **kwargs):
+            raise exception("did not converge")
+
+        monkeypatch.setattr(torch.linalg, name, fail)
+
+
+def test_an_svd_that_does_not_converge_falls_back_to_eigh_and_warns_once(monkeypatch):
+    named, twin = parameters(), parameters()
+    want = AdaDiag(twin, lr=1e-2, basis="eigh", refresh_every=2)
+    run(want, twin, 0, 4)
+    failing(basis_module.LinAlgError, monkeypatch, ["svd"])
+    opt = AdaDiag(named, lr=1e-2, refresh_every=2)
+    messages = warnings_of(lambda: run(opt, named, 0, 4))
+    assert len(messages) == 3  # one for each matrix, though each was refreshed twice
+    assert any("wide: " in m and "eigh was used" in m for m in messages)
+    for a, b in zip(weights(named), weights(twin)):
+        assert_equal(a, b)
+
+
+def test_if_eigh_fails_as_well_the_old_basis_is_kept(monkeypatch):
+    named = parameters()
+    opt = AdaDiag(named, lr=1e-2, refresh_every=2)
+    run(opt, named, 0, 2)
+    old = opt.state[named[0][1]]["rotation_left"].clone()
+    failing(basis_module.LinAlgError, monkeypatch, ["svd", "eigh"])
+    messages = warnings_of(lambda: run(opt, named, 2, 4))
+    assert any("wide: " in m and "the old basis was kept" in m for m in messages)
+    assert_equal(opt.state[named[0][1]]["rotation_left"], old)
+
+
+def test_a_decomposition_that_returns_nan_without_an_error_is_noticed(monkeypatch):
+    real = torch.linalg.svd
+
+    def silent(*args, **kwargs):
+        u, s, vh = real(*args, **kwargs)
+        return u * float("nan"), s, vh
+
+    monkeypatch.setattr(torch.linalg, "svd", silent)
+    named = parameters()
+    messages = warnings_of(lambda: run(AdaDiag(named, lr=1e-2), named, 0, 1))
+    assert any("wide: " in m and "eigh was used" in m for m in messages)
+    assert all(bool(w.isfinite().all()) for w in weights(named))
+
+
+def test_a_first_step_of_zero_gradients_only_creates_the_states():
+    named = parameters()
+    opt = AdaDiag(named, lr=1e-2, weight_decay=0.1)
+    before = weights(named)
+    for _, param in named:
+        param.grad = torch.zeros_like(param)
+    opt.step()
+    for a, b in zip(weights(named), before):
+        assert_equal(a, b)
+    assert sorted(opt.state[named[0][1]]) == [
+        "exp_avg",
+        "exp_avg_sq",
+        "rotation_left",
+        "step",
+    ]
+    run(opt, named, 0, 1)
+    assert float(opt.state[named[0][1]]["step"]) == 1.0
+
+
+def test_state_bytes_are_known_before_the_first_step_and_on_meta():
+    named = parameters()
+    opt = AdaDiag(named, sides="two")
+    early = opt.state_bytes()
+    run(opt, named, 0, 1)
+    held = [v for s in opt.state.values() for v in s.values()]
+    assert early == opt.state_bytes() == sum(v.nbytes for v in held)
+    meta = [(name, nn.Parameter(p.detach().to("meta"))) for name, p in named]
+    assert AdaDiag(meta, sides="two").state_bytes() == early
+
+
+def test_describe_prints_owners_and_loads():
+    report = AdaDiag(parameters(), max_rotated_dim=5).describe()
+    assert [m.name for m in report.matrices] == ["wide", "tall", "conv"]
+    text = str(report)
+    assert "wide" in text
+    assert "0 collectives per step" in text
+    assert "rank" in text
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("basis", ["svd", "eigh"])
+def test_extreme_scales_give_finite_weights(basis, scale):
+    named = parameters()
+    opt = AdaDiag(named, lr=1e-2, basis=basis, refresh_every=2)
+    for step in range(4):
+        give_gradients(named, step)
+        for _, param in named:
+            param.grad *= scale
+        opt.step()
+    assert all(bool(w.isfinite().all()) for w in weights(named))
