@@ -18,6 +18,7 @@ from sharded_adadiag.algorithm.rotation import rotate, rotate_back
 from sharded_adadiag.algorithm.sums import PartialSum, run, together
 from sharded_adadiag.algorithm.update import install, moment_rule, rotations
 from sharded_adadiag.buckets import Bucket
+from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.config import Options
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop, replicate
 from sharded_adadiag.plan.geometry import EMPTY, Layout, full
@@ -221,11 +222,14 @@ class BlockUpdates:
         if key not in self._refresh_plans:
             self._refresh_plans[key] = refresh_plans(matrices, self.engine.comm.size)
         collect, distribute = self._refresh_plans[key]
-        engine = self.engine
+        engine, rank = self.engine, self.engine.comm.rank
         sent, wire, work = [], [], []
         for m, piece in zip(matrices, pieces):
             if m.route.basis_from == "gram":
-                sent.append(gram_matrix(piece, left=m.left))
+                # Its own part of the piece: a replica has another.
+                own = next(s for s in m.route.stages if s.left or s.right).layout[rank]
+                block = window(piece, m.matrix.layout[rank], own, m.matrix.cols)
+                sent.append(gram_matrix(block, left=m.left))
                 wire.append(torch.float64)
                 work.append(torch.float64)
             else:

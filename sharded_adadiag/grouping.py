@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # of all batch and instance norms
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_adadiag.integrations.fsdp1 import remember
+from sharded_adadiag.integrations.parameters import logical_shape
+
 _LOGGER = logging.getLogger("sharded_adadiag")
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -79,18 +82,21 @@ def param_groups(
     Raises:
         TypeError: If `model` is not an ``nn.Module``.
         ValueError: If a pattern of `exclude` matches no parameter.
+        NotImplementedError: For FSDP1 with ``use_orig_params=False``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected an nn.Module, got {type(model).__name__}; "
             "pass the model itself, not its parameters"
         )
+    remember(model)
     heads = _heads(model)
     entries = _entries(model)
     _mark_by_module(entries, model, heads.values())
     for entry in entries.values():
         if entry.kind == "matrix" and min(_matrix_shape(entry.param)) <= 1:
-            entry.kind = "1-D" if entry.param.dim() < 2 else "a side of 1"
+            flat = len(logical_shape(entry.param)) < 2
+            entry.kind = "1-D" if flat else "a side of 1"
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for pattern in patterns:
         if not _mark_excluded(entries, pattern):
@@ -116,10 +122,9 @@ def param_groups(
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:
     """Rows and columns of the full parameter's matrix view; (numel, 1) if 1-D."""
-    # A DTensor's shape is that of the full tensor: fully_shard needs no care.
-    shape = tuple(param.shape)
+    shape = logical_shape(param)
     if len(shape) < 2:
-        return param.numel(), 1
+        return math.prod(shape), 1
     return shape[0], math.prod(shape[1:])
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
+from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, param_groups
+from sharded_adadiag.integrations.fsdp1 import remembered
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import (
     HARD_CASES,
@@ -18,7 +19,7 @@ from sharded_adadiag.testing.cases import (
     gradients,
     weights,
 )
-from sharded_adadiag.testing.ranks import run_threads
+from sharded_adadiag.testing.ranks import run_processes, run_threads
 
 CLASSES = {"AdaDiag": AdaDiag, "AdafacDiag": AdafacDiag, "HfacDiag": HfacDiag}
 STEPS, PERIOD = 30, 12  # refreshes at steps 1, 13 and 25
@@ -32,8 +33,16 @@ class Parameters(nn.Module):
             self.register_parameter(case.name, param)
 
 
+def plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name.removeprefix("_fsdp_wrapped_module."): param
+        for name, param in model.named_parameters()
+    }
+
+
 def groups(model: nn.Module, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
-    named = dict(model.named_parameters())
+    param_groups(model)  # lets the optimizer know of FSDP1's flat pieces
+    named = plain_names(model)
     pairs = [(c, (c.name, named[c.name])) for c in cases]
     both = [
         {"params": [pair for c, pair in pairs if c.rotate == rotate], "rotate": rotate}
@@ -57,34 +66,77 @@ def train(
         refresh_every=PERIOD,
         **options,
     )
-    named = dict(model.named_parameters())
+    named = plain_names(model)
     for step in range(steps):
         for case, grad in zip(cases, gradients(cases, step, dtype)):
             param = named[case.name]
             if case.frozen or case.without_gradient:
                 continue
-            if isinstance(param, DTensor):
-                grad = distribute_tensor(
-                    grad, param.device_mesh, param.placements, src_data_rank=None
-                )
-            param.grad = grad
+            local = local_gradient(param, grad)
+            # FSDP1 gives an empty piece no gradient.
+            param.grad = local if local.numel() or isinstance(local, DTensor) else None
         opt.step()
-    finals = []
-    for case in cases:
-        param = named[case.name].detach()
-        whole = param.full_tensor() if isinstance(param, DTensor) else param
-        finals.append(whole.clone())
-    return finals, opt
+    with torch.no_grad():
+        return [whole(named[case.name]).clone() for case in cases], opt
 
 
 def sharded_model(
     layout: str, cases: tuple[Case, ...], dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, Any]]:
     model = Parameters(cases, dtype)
+    size = dist.get_world_size()
     if layout == "ddp":
         return model, {"process_group": dist.group.WORLD}
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return fully_shard(model, mesh=mesh), {}
+    if layout == "fsdp1":
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True), {}
+    if layout == "hsdp":
+        mesh = init_device_mesh(
+            "cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")
+        )
+        return fully_shard(model, mesh=mesh), {}
+    if layout == "tp":
+        return tensor_parallel(model, init_device_mesh("cpu", (size,))), {}
+    if layout == "fsdp2+tp":
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+        return fully_shard(tensor_parallel(model, mesh["tp"]), mesh=mesh["dp"]), {}
+    return fully_shard(model, mesh=init_device_mesh("cpu", (size,))), {}
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """What Colwise and Rowwise parallel styles leave: Shard(0), Shard(1), or whole."""
+    for i, (name, param) in enumerate(list(model.named_parameters())):
+        if param.dim() < 2 or param.shape[i % 2] % mesh.size() != 0:
+            continue  # as norms: plain under tensor parallelism, which divides evenly
+        placement = Shard(i % 2)
+        shard = distribute_tensor(param.detach(), mesh, [placement], src_data_rank=None)
+        setattr(model, name, nn.Parameter(shard, requires_grad=param.requires_grad))
+    return model
+
+
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """A rank's part of a full gradient."""
+    if isinstance(param, DTensor):
+        return distribute_tensor(
+            grad, param.device_mesh, param.placements, src_data_rank=None
+        )
+    flat = remembered(param, "")
+    if flat is None:
+        return grad
+    return grad.reshape(-1)[flat[1].start : flat[1].stop].clone()
+
+
+def whole(param: Tensor) -> Tensor:
+    """The full parameter."""
+    if isinstance(param, DTensor):
+        mesh, none = param.device_mesh, [Replicate()] * param.device_mesh.ndim
+        return param.redistribute(mesh, none).to_local()
+    flat = remembered(param, "")
+    if flat is None:
+        return param
+    pieces: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pieces, param.detach())
+    return torch.cat(pieces).view(flat[0])
 
 
 def body(
@@ -105,7 +157,11 @@ def alone(
     return train(Parameters(cases, dtype), cases, dtype, method, options)[0]
 
 
-LAYOUTS = [("fsdp2", n) for n in (1, 2, 3, 4, 8)] + [("ddp", 2), ("ddp", 4)]
+LAYOUTS = (
+    [("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)]
+    + [("fsdp2", n) for n in (1, 2, 3, 4, 8)]
+    + [("ddp", 2), ("ddp", 4)]
+)
 
 
 @pytest.mark.parametrize("sides", ["one", "two"])
@@ -117,6 +173,21 @@ def test_owner_distribution_gives_the_same_bits(layout, world_size, dtype, sides
     got = run_threads(world_size, body, layout, HARD_CASES, dtype, "AdaDiag", options)
     for rank in range(world_size):
         for case, a, b in zip(HARD_CASES, got[rank], want):
+            assert_equal(a, b, case.name)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("sides", ["one", "two"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_flat_pieces_of_fsdp1_give_the_same_bits(world_size, sides):
+    options = {"sides": sides}
+    cases = tuple(c for c in HARD_CASES if not c.frozen)
+    want = alone(cases, torch.float32, "AdaDiag", options)
+    got = run_processes(
+        world_size, body, "fsdp1", cases, torch.float32, "AdaDiag", options
+    )
+    for rank in range(world_size):
+        for case, a, b in zip(cases, got[rank], want):
             assert_equal(a, b, case.name)
 
 

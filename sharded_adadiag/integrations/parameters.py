@@ -1,8 +1,10 @@
 """A parameter as a rank sees it, whatever the framework.
 
-Plain tensors (one process, DDP) are held whole. DTensors (FSDP2, tensor parallel)
-hold one box of the logical tensor. Private names used, tried with torch 2.11 and
-2.13: ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
+Plain tensors (one process, DDP) are held whole. DTensors (FSDP2, HSDP, tensor
+parallel) hold one box of the logical tensor, parameters of FSDP1 a flat range.
+
+Private name used, tried with torch 2.11 and 2.13:
+``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from sharded_adadiag.integrations.fsdp1 import remembered
 from sharded_adadiag.plan.geometry import Box, Region, full
 
 
@@ -47,6 +50,20 @@ def is_distributed(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def logical_shape(param: Tensor, name: str = "parameter") -> tuple[int, ...]:
+    """The shape of the full parameter.
+
+    Args:
+        param: A parameter of any framework.
+        name: For messages.
+
+    Returns:
+        Its logical shape.
+    """
+    flat = remembered(param, name)
+    return tuple(param.shape) if flat is None else flat[0]
+
+
 def holding(param: Tensor, name: str) -> Holding:
     """Where this rank's entries of a parameter are in its matrix view.
 
@@ -60,9 +77,12 @@ def holding(param: Tensor, name: str) -> Holding:
     Raises:
         NotImplementedError: For a layout that is not one box of the matrix view.
     """
-    shape = tuple(param.shape)
+    shape = logical_shape(param, name)
     rows = shape[0] if len(shape) > 1 else 1
     cols = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    flat = remembered(param, name)
+    if flat is not None:
+        return Holding(shape, rows, cols, flat[1])
     if not isinstance(param, DTensor):
         return Holding(shape, rows, cols, full(rows, cols))
     if any(p.is_partial() for p in param.placements):
@@ -73,11 +93,12 @@ def holding(param: Tensor, name: str) -> Holding:
     local_shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
-    if tuple(local_shape) != tuple(param.to_local().shape):
+    own_shape = tuple(param.to_local().shape)
+    # An empty shard may have forgotten the size of its other dimensions.
+    if tuple(local_shape) != own_shape and math.prod(own_shape) > 0:
         raise NotImplementedError(
             f"{name}: placements {param.placements} give each rank no single box "
-            f"(expected a local shape {tuple(local_shape)}, got "
-            f"{tuple(param.to_local().shape)})"
+            f"(expected a local shape {tuple(local_shape)}, got {own_shape})"
         )
     return Holding(shape, rows, cols, _box(shape, local_shape, offset, name))
 
@@ -118,16 +139,18 @@ def find_group(
         group: What the user passed, which wins.
 
     Returns:
-        The mesh's group if all DTensors share a 1-D mesh, the default group if they
-        do not, and None for plain tensors (one process, or replicas that
-        each compute everything).
+        The mesh's group if all DTensors share a 1-D mesh; the default group if they
+        do not (HSDP, several meshes) and for FSDP1; None for plain tensors (one
+        process, or replicas that each compute everything).
     """
     if group is not None:
         return group
+    params = list(params)
     meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
-    if not meshes:
+    flat = any(getattr(p, "_fsdp_flattened", False) for p in params)
+    if not meshes and not flat:
         return None
-    if len(meshes) == 1:
+    if len(meshes) == 1 and not flat:
         (mesh,) = meshes
         if mesh.ndim == 1:
             return mesh.get_group()

@@ -123,6 +123,31 @@ def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     return tuple(Box(0, rows, a, b) for a, b in pairs)
 
 
+def spread(layout: Layout, *, by_rows: bool) -> Layout:
+    """Every piece divided among the ranks that hold it.
+
+    Args:
+        layout: Boxes.
+        by_rows: Divide into row blocks rather than column blocks.
+
+    Returns:
+        A layout without replicas; a piece that only one rank holds stays whole.
+    """
+    result: list[Region] = list(layout)
+    for piece, ranks in holders(layout).items():
+        assert isinstance(piece, Box)
+        blocks = even_blocks(*piece.shape, len(ranks), by_rows=by_rows)
+        for rank, block in zip(ranks, blocks):
+            assert isinstance(block, Box)
+            result[rank] = Box(
+                piece.row_start + block.row_start,
+                piece.row_start + block.row_stop,
+                piece.col_start + block.col_start,
+                piece.col_start + block.col_stop,
+            )
+    return tuple(result)
+
+
 def holders(layout: Layout) -> dict[Region, list[int]]:
     """The distinct non-empty pieces of a layout and the ranks that hold each."""
     pieces: dict[Region, list[int]] = {}

@@ -5,7 +5,8 @@ every layout, flat ranges included.
 
 `broadcast`: every rank has the rotations and its own block. A rotation mixes one
 dimension, so its stage must hold that dimension whole: row blocks for Q, column
-blocks for P. If that is how the matrix is stored the stage needs no hop.
+blocks for P. If that is how the matrix is stored the stage needs no hop. Replicas of a
+piece divide it, so no work is done twice.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sharded_adadiag.plan.geometry import (
     Layout,
     even_blocks,
     full,
+    spread,
 )
 from sharded_adadiag.plan.layout import MatrixLayout, Storage
 
@@ -125,11 +127,13 @@ def broadcast_route(
     cols = Stage(
         even_blocks(matrix.rows, matrix.cols, world_size, by_rows=False), "cols"
     )
+    # Replicas of a piece share its work: each takes a part of it, without a move, and
+    # on the way back they exchange their parts of the update.
     first = Stage(matrix.layout, "none")
     if storage is Storage.ROWS:
-        first = rows = Stage(matrix.layout, "rows")
+        rows = Stage(spread(matrix.layout, by_rows=True), "rows")
     elif storage is Storage.COLS:
-        first = cols = Stage(matrix.layout, "cols")
+        cols = Stage(spread(matrix.layout, by_rows=False), "cols")
     # A stage per rotation, the one that needs no hop first.
     order = [(rows, "right", right), (cols, "left", left)]
     if storage is Storage.COLS:
@@ -143,5 +147,6 @@ def broadcast_route(
         work = [order[0][0]]
     stages = (*work,) if work[0].layout == first.layout else (first, *work)
     # Blocks that are whole on the one rotated side sum up to its Gram matrix.
-    own_gram = basis == "eigh" and len(stages) == 1 and left != right
+    one_side_whole = storage is (Storage.ROWS if right else Storage.COLS)
+    own_gram = basis == "eigh" and one_side_whole and left != right
     return Route("broadcast", owner, stages, "gram" if own_gram else "gradient")
