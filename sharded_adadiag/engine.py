@@ -26,9 +26,10 @@ from sharded_adadiag.config import Options
 from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.plain import plain_update
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.plan.geometry import Region
+from sharded_adadiag.plan.geometry import Layout, Region
 from sharded_adadiag.planning import Facts, MatrixPlan, plan_matrices
 from sharded_adadiag.report import Report, make_report
+from sharded_adadiag.saved_state import SavedState
 
 logger = logging.getLogger("sharded_adadiag")
 
@@ -44,7 +45,8 @@ class Entry:
 
     Attributes:
         facts: What is the same on every rank.
-        region: What this rank holds of its matrix view.
+        layout: What each rank holds of its matrix view.
+        region: What this rank holds of it.
         param: The local tensor with those entries.
         grad: Gives the local gradient, or None.
         state: ``optimizer.state`` of the parameter.
@@ -53,6 +55,7 @@ class Entry:
     """
 
     facts: Facts
+    layout: Layout
     region: Region
     param: Tensor
     grad: Callable[[], Tensor | None]
@@ -107,7 +110,7 @@ class Engine:
         """Create every state tensor that is missing, with the same keys on all ranks.
 
         Raises:
-            ValueError: If a loaded state tensor has another shape than planned.
+            ValueError: If an unpickled state tensor has another shape than planned.
         """
         planned = {matrix.index: matrix for matrix in self.matrices}
         for i, entry in enumerate(self.entries):
@@ -126,8 +129,8 @@ class Engine:
                 elif tuple(state[key].shape) != shape:
                     raise ValueError(
                         f"{entry.facts.name}: loaded state {key!r} has shape "
-                        f"{tuple(state[key].shape)}, expected {shape}; load a state "
-                        "saved with the same options and the same ranks"
+                        f"{tuple(state[key].shape)}, expected {shape}; a pickled "
+                        "optimizer continues on one process only"
                     )
         self._started = any(
             float(entry.state()["step"]) > 0 for entry in self.entries if entry.state()
@@ -144,6 +147,23 @@ class Engine:
                     f"{entry.facts.name}: loaded state {key!r} has shape "
                     f"{tuple(state[key].shape)}, expected {entry.facts.shape}"
                 )
+
+    def save_state(self) -> dict[int, dict[str, Any]]:
+        """The logical state of every parameter; a collective.
+
+        Returns:
+            By position of the parameter: ``step`` and full logical tensors.
+        """
+        return SavedState(self).save()
+
+    def load_state(self, saved: dict[int, dict[str, Any]]) -> None:
+        """Take over a logical state; a collective.
+
+        Args:
+            saved: By position of the parameter.
+        """
+        SavedState(self).load(saved)
+        self._started = any(float(e.state()["step"]) > 0 for e in self.entries)
 
     def step(self) -> None:
         """One step of every parameter that has a gradient on any rank.

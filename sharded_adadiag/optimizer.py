@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
@@ -20,6 +21,7 @@ from sharded_adadiag.integrations.parameters import (
     holding,
     local,
 )
+from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.planning import Facts
 from sharded_adadiag.report import Report
 
@@ -219,29 +221,61 @@ class RotatedOptimizer(Optimizer):
             if isinstance(value, Tensor)
         )
 
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state in logical form, the same for every layout and number of ranks.
+
+        Each state tensor is a full logical tensor: with several ranks a DTensor sharded
+        by rows, which ``torch.distributed.checkpoint`` writes once and reads
+        anywhere. Moments have their parameter's shape. Call it on every rank.
+
+        Returns:
+            As in torch: ``state`` by position of the parameter, and ``param_groups``.
+        """
+        live = self.state
+        if not live:
+            return super().state_dict()
+        engine = self._prepared()
+        logical = engine.save_state()
+        params = {id(entry): p for p, entry in self._planned.items()}
+        try:
+            self.state = defaultdict(
+                dict,
+                {params[id(engine.entries[i])]: s for i, s in logical.items()},
+            )
+            return super().state_dict()
+        finally:
+            self.state = live
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; as in torch, but no state changes its dtype.
+        """Load what `state_dict` gave, on any layout and number of ranks.
+
+        Tensors may be full ones or DTensors of any placement. No state changes its
+        dtype, other than to the one this optimizer keeps. A rotation that is missing
+        is taken for the identity; if another state is missing the parameter starts
+        afresh; both, and keys that are unknown, are warned of. Call it on every rank.
 
         Args:
-            state_dict: From an optimizer of the same kind with the same groups.
+            state_dict: From any optimizer with the same parameters.
+
+        Raises:
+            ValueError: If groups do not match (as in torch), or a state tensor has a
+                wrong shape: it names the parameter and both shapes.
         """
         # torch would cast every state to its parameter's dtype, so it is given the
-        # groups alone; __setstate__ puts the state back, in time for the hooks.
+        # groups alone; __setstate__ takes over the state, in time for the hooks.
         self._loading = state_dict["state"]
         try:
             super().load_state_dict({**state_dict, "state": {}})
         finally:
             self._loading = None
-        self._forget_plan()
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled, and the plan is made anew.
         return {**super().__getstate__(), "_distribution": self._distribution}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        loading = self.__dict__.get("_loading")
-        if loading is not None:
-            state = {**state, "state": self._own(loading, state["param_groups"])}
         super().__setstate__(state)
         self.__dict__.setdefault("_distribution", "auto")
         self.__dict__.setdefault("_process_group", None)
@@ -250,21 +284,19 @@ class RotatedOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in {**self.defaults, "rotate": True}.items():
                 group.setdefault(key, value)
+        if self._loading:
+            self._take_over(self._loading)
 
-    def _own(
-        self, saved: dict[int, dict[str, Any]], groups: list[dict[str, Any]]
-    ) -> dict[Any, Any]:
-        """Copies of loaded states, by parameter and on its device."""
-        params = [p for group in groups for p in group["params"]]
-        ids = range(len(params))
-        owned: dict[Any, Any] = {}
-        for i, param in zip(ids, params):
-            for key, value in saved.get(i, {}).items():
-                if isinstance(value, Tensor):
-                    value = value.detach().clone()
-                    value = value if key == "step" else value.to(local(param).device)
-                owned.setdefault(param, {})[key] = value
-        return owned
+    def _take_over(self, saved: dict[int, dict[str, Any]]) -> None:
+        """Put a loaded logical state where the plan wants it."""
+        engine = self._prepared()
+        params = [p for group in self.param_groups for p in group["params"]]
+        place = {id(entry): i for i, entry in enumerate(engine.entries)}
+        engine.load_state({
+            place[id(self._planned[param])]: saved[i]
+            for i, param in enumerate(params)
+            if i in saved and param in self._planned
+        })
 
     def _forget_plan(self) -> None:
         self._engine = None
@@ -298,22 +330,29 @@ class RotatedOptimizer(Optimizer):
         ]
         published = self._engine.comm.all_gather_object(_publish(new))
         _raise_on_mismatch(published)
+        holdings = [[h.region for _, h in described] for _, described in published]
+        layouts = list(zip(*holdings))
         facts, own = zip(*published[self._engine.comm.rank][1])
         entries = [
-            self._entry(fact, mine, param, group)
-            for fact, mine, (_, param, group) in zip(facts, own, new)
+            self._entry(fact, mine, layout, param, group)
+            for fact, mine, layout, (_, param, group) in zip(facts, own, layouts, new)
         ]
-        holdings = [[h.region for _, h in described] for _, described in published]
         self._engine.extend(entries, holdings)
         self._planned.update(zip((param for _, param, _ in new), entries))
         self._engine.allocate()
         return self._engine
 
     def _entry(
-        self, facts: Facts, mine: Holding, param: Tensor, group: dict[str, Any]
+        self,
+        facts: Facts,
+        mine: Holding,
+        layout: Layout,
+        param: Tensor,
+        group: dict[str, Any],
     ) -> Entry:
         return Entry(
             facts=facts,
+            layout=layout,
             region=mine.region,
             param=local(param),
             grad=lambda: None if param.grad is None else local(param.grad),

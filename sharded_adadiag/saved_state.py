@@ -1,0 +1,154 @@
+"""The engine's states in their saved form, and back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sharded_adadiag.algorithm.matrixize import matrix_shape
+from sharded_adadiag.checkpoint.logical import (
+    LogicalState,
+    StateTensor,
+    as_column,
+    vector_layout,
+)
+from sharded_adadiag.integrations.parameters import is_distributed, local
+from sharded_adadiag.plan.exchange_plan import replicate
+from sharded_adadiag.plan.geometry import EMPTY, Layout, full
+from sharded_adadiag.planning import MatrixPlan
+
+if TYPE_CHECKING:
+    from sharded_adadiag.engine import Engine
+
+
+class SavedState:
+    """Saves and loads the states of an engine.
+
+    Args:
+        engine: With its states allocated.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.logical = LogicalState(engine.comm, engine._device)
+        self.matrices = {matrix.index: matrix for matrix in engine.matrices}
+
+    def save(self) -> dict[int, dict[str, Any]]:
+        """Every state in logical form; a collective."""
+        saved: dict[int, dict[str, Any]] = {}
+        moving: list[tuple[int, StateTensor]] = []
+        for i, entry in enumerate(self.engine.entries):
+            state = entry.state()
+            saved[i] = {"step": state["step"]}
+            for tensor in self._tensors(i):
+                value = state[tensor.key]
+                saved[i][tensor.key] = value
+                # What is a DTensor or whole on every rank is logical as it is.
+                whole = set(tensor.layout) == {full(tensor.rows, tensor.cols)}
+                if i in self.matrices or not (is_distributed(value) or whole):
+                    moving.append((i, tensor))
+        pieces = [self.engine.entries[i].state()[t.key] for i, t in moving]
+        values = self.logical.save([t for _, t in moving], pieces)
+        for (i, tensor), value in zip(moving, values):
+            saved[i][tensor.key] = value
+        return saved
+
+    def load(self, saved: dict[int, dict[str, Any]]) -> None:
+        """Take over a logical state; a collective.
+
+        Args:
+            saved: By position of the parameter.
+        """
+        wanted: list[tuple[int, StateTensor]] = []
+        for i, values in saved.items():
+            accepted = self._accepted(i, values)
+            wanted.extend((i, tensor) for tensor in accepted)
+            if accepted and "step" in values:
+                step = self.engine.entries[i].state()["step"]
+                step.fill_(float(values["step"]))
+        tensors = [t for _, t in wanted]
+        pieces = self.logical.load(tensors, [saved[i][t.key] for i, t in wanted])
+        for (i, tensor), piece in zip(wanted, pieces):
+            live = local(self.engine.entries[i].state()[tensor.key])
+            live.copy_(piece.view(live.shape))
+
+    def _accepted(self, i: int, values: dict[str, Any]) -> list[StateTensor]:
+        """What can be kept of a parameter's loaded state; says what cannot."""
+        tensors = list(self._tensors(i))
+        missing = sorted(t.key for t in tensors if t.key not in values)
+        unknown = sorted(set(values) - {t.key for t in tensors} - {"step"})
+        name = self.engine.entries[i].facts.name
+        if unknown:
+            _warn(f"{name}: {', '.join(unknown)} of the loaded state was dropped")
+        if any(not key.startswith("rotation") for key in missing):
+            _warn(f"{name}: the loaded state has no {', '.join(missing)}; starts anew")
+            return []
+        if missing:
+            _warn(
+                f"{name}: the loaded state has no {', '.join(missing)}; its moments "
+                "are taken to be unrotated until the next basis"
+            )
+        return [tensor for tensor in tensors if tensor.key in values]
+
+    def _tensors(self, i: int) -> Iterator[StateTensor]:
+        """Everything kept for a parameter, but for its step count."""
+        entry = self.engine.entries[i]
+        if i in self.matrices:
+            yield from self._matrix_tensors(self.matrices[i])
+            return
+        shape = entry.facts.shape
+        rows, cols = matrix_shape(shape)
+        layout = entry.layout
+        if len(shape) < 2:
+            rows, cols, layout = math.prod(shape), 1, as_column(layout)
+        for key, value in entry.state().items():
+            if key != "step":
+                yield StateTensor(
+                    entry.facts.name, key, shape, rows, cols, layout, value.dtype
+                )
+
+    def _matrix_tensors(self, m: MatrixPlan) -> Iterator[StateTensor]:
+        shape = self.engine.entries[m.index].facts.shape
+        moments = m.route.moments.layout
+        rows, cols = m.matrix.rows, m.matrix.cols
+        for key, dims in m.moments.items():
+            if dims == ("m", "n"):
+                yield self._tensor(m, key, shape, (rows, cols), moments)
+            else:
+                of_rows = dims == ("m",)
+                length = rows if of_rows else cols
+                layout = vector_layout(moments, of_rows=of_rows)
+                yield self._tensor(m, key, (length,), (length, 1), layout)
+        for key, wanted, k in (
+            ("rotation_left", m.left, rows),
+            ("rotation_right", m.right, cols),
+        ):
+            if wanted:
+                size = self.engine.comm.size
+                layout = replicate(k, k, size)
+                if m.route.kind == "owner":
+                    layout = tuple(
+                        full(k, k) if rank == m.route.owner else EMPTY
+                        for rank in range(size)
+                    )
+                yield self._tensor(m, key, (k, k), (k, k), layout)
+
+    def _tensor(
+        self,
+        m: MatrixPlan,
+        key: str,
+        shape: tuple[int, ...],
+        view: tuple[int, int],
+        layout: Layout,
+    ) -> StateTensor:
+        rotation = key.startswith("rotation")
+        dtype: torch.dtype = m.rotation_dtype if rotation else m.moment_dtype
+        return StateTensor(m.matrix.name, key, shape, *view, layout, dtype)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
