@@ -265,7 +265,10 @@ class RotatedOptimizer(Optimizer):
         """
         # torch would cast every state to its parameter's dtype, so it is given the
         # groups alone; __setstate__ takes over the state, in time for the hooks.
-        self._loading = state_dict["state"]
+        # Saved keys are whatever the saved groups list: positions, or names.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        saved = state_dict["state"]
+        self._loading = {i: saved[key] for i, key in enumerate(keys) if key in saved}
         try:
             super().load_state_dict({**state_dict, "state": {}})
         finally:

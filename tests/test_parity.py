@@ -66,8 +66,20 @@ def train(
         refresh_every=PERIOD,
         **options,
     )
+    advance(model, opt, cases, dtype, 0, steps)
+    return whole_weights(model, cases), opt
+
+
+def advance(
+    model: nn.Module,
+    opt: Any,
+    cases: tuple[Case, ...],
+    dtype: torch.dtype,
+    start: int,
+    stop: int,
+) -> None:
     named = plain_names(model)
-    for step in range(steps):
+    for step in range(start, stop):
         for case, grad in zip(cases, gradients(cases, step, dtype)):
             param = named[case.name]
             if case.frozen or case.without_gradient:
@@ -76,8 +88,12 @@ def train(
             # FSDP1 gives an empty piece no gradient.
             param.grad = local if local.numel() or isinstance(local, DTensor) else None
         opt.step()
+
+
+def whole_weights(model: nn.Module, cases: tuple[Case, ...]) -> list[Tensor]:
+    named = plain_names(model)
     with torch.no_grad():
-        return [whole(named[case.name]).clone() for case in cases], opt
+        return [whole(named[case.name]).clone() for case in cases]
 
 
 def sharded_model(
