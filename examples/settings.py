@@ -23,17 +23,19 @@ class Preset:
     batch: int
     micro_batch: int
     steps: int
+    refresh_every: int
 
 
 # The paper's sizes: batch 512 x 256 tokens, steps and shapes as in its LLaMA table.
 # micro_batch only bounds memory: the logits of one are micro_batch x 256 x 32000.
+# A run of a few hundred steps changes fast and wants fresher bases than the paper's.
 PRESETS = {
-    "tiny": Preset(32, 88, 2, 2, 512, 32, 8, 8, 20),
-    "small": Preset(128, 344, 4, 4, 2048, 128, 32, 32, 300),
-    "60m": Preset(512, 1376, 8, 8, 32000, 256, 512, 64, 10_000),
-    "130m": Preset(768, 2048, 12, 12, 32000, 256, 512, 64, 20_000),
-    "350m": Preset(1024, 2736, 24, 16, 32000, 256, 512, 32, 60_000),
-    "1.3b": Preset(2048, 5461, 24, 32, 32000, 256, 512, 16, 100_000),
+    "tiny": Preset(32, 88, 2, 2, 512, 32, 8, 8, 20, 20),
+    "small": Preset(128, 344, 4, 4, 2048, 128, 32, 32, 300, 20),
+    "60m": Preset(512, 1376, 8, 8, 32000, 256, 512, 64, 10_000, 200),
+    "130m": Preset(768, 2048, 12, 12, 32000, 256, 512, 64, 20_000, 200),
+    "350m": Preset(1024, 2736, 24, 16, 32000, 256, 512, 32, 60_000, 200),
+    "1.3b": Preset(2048, 5461, 24, 32, 32000, 256, 512, 16, 100_000, 200),
 }
 
 DEFAULT_LR = {
@@ -104,7 +106,9 @@ class Settings:
     )
     eps: float | None = _option(None, "default: the optimizer's", type=float)
     weight_decay: float = _option(0.0, "decoupled weight decay", type=float)
-    refresh_every: int | None = _option(None, "steps between two bases", type=int)
+    refresh_every: int | None = _option(
+        None, "steps between two bases (default: the model's)", type=int
+    )
     distribution: str | None = _option(
         None, "who applies the rotations", choices=("auto", "owner", "broadcast")
     )
@@ -187,6 +191,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     given = vars(parser.parse_args(argv))
     preset = PRESETS[given.get("model", "small")]
     values = {**dataclasses.asdict(preset), **given}
+    if values.get("optimizer") == "adamw" and "refresh_every" not in given:
+        values["refresh_every"] = None
     values.setdefault("lr", DEFAULT_LR[values.get("optimizer", "adadiag")])
     values.setdefault("warmup", values["steps"] // 10)
     if "betas" in values:
