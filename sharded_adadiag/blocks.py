@@ -95,7 +95,7 @@ class BlockUpdates:
             [work[i] for i in who],
             wire,
             dtypes,
-            device=self.engine._device,
+            device=self.engine.device,
             slot=f"hop {k} {'back' if back else 'there'}",
         )
         for i, piece in zip(who, moved):
@@ -237,7 +237,7 @@ class BlockUpdates:
                 wire.append(piece.dtype)
                 work.append(m.work_dtype)
         collected, _ = engine.exchange.run(
-            collect, sent, wire, work, device=engine._device, slot="collected"
+            collect, sent, wire, work, device=engine.device, slot="collected"
         )
         found = [
             self._basis(m, gathered, options)
@@ -281,7 +281,7 @@ class BlockUpdates:
         options: dict[int, Options],
     ) -> None:
         """Send each new rotation from its owner to all ranks and install it."""
-        device = self.engine._device
+        device = self.engine.device
         sides, rotations_ = [], []
         for m, basis in zip(matrices, found):
             for key, new, wanted in (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_adadiag.agreement import Agreement
 from sharded_adadiag.algorithm.state import Method, plain_moments
 from sharded_adadiag.algorithm.update import update
 from sharded_adadiag.blocks import BlockUpdates, refresh_plans
@@ -36,7 +36,6 @@ logger = logging.getLogger("sharded_adadiag")
 # Matrices of one shape are updated together up to this many elements: enough to
 # keep a GPU busy, few enough to stay in a CPU's cache.
 BATCH_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 26}
-_NONFINITE, _SPARSE = 1, 2
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -81,9 +80,8 @@ class Engine:
         self.entries: list[Entry] = []
         self.matrices: list[MatrixPlan] = []
         self.buckets: list[Bucket] = []
-        self.skipped_steps = 0
+        self.agreement = Agreement(self)
         self._blocks = BlockUpdates(self)
-        self._started = False
         self._warned: set[tuple[str, str]] = set()
         self._batches: dict[tuple[int, ...], list[list[MatrixPlan]]] = {}
         self._computing = 0
@@ -132,7 +130,7 @@ class Engine:
                         f"{tuple(state[key].shape)}, expected {shape}; a pickled "
                         "optimizer continues on one process only"
                     )
-        self._started = any(
+        self.agreement.started = any(
             float(entry.state()["step"]) > 0 for entry in self.entries if entry.state()
         )
 
@@ -163,7 +161,7 @@ class Engine:
             saved: By position of the parameter.
         """
         SavedState(self).load(saved)
-        self._started = any(float(e.state()["step"]) > 0 for e in self.entries)
+        self.agreement.started = any(float(e.state()["step"]) > 0 for e in self.entries)
 
     def step(self) -> None:
         """One step of every parameter that has a gradient on any rank.
@@ -175,7 +173,7 @@ class Engine:
         groups = {id(entry.group): entry.group for entry in self.entries}
         options = {key: Options.from_group(group) for key, group in groups.items()}
         grads = [entry.grad() for entry in self.entries]
-        present = self._agree(grads, options)
+        present = self.agreement.reach(grads, options)
         if present is None:
             return
         matrices = {matrix.index for matrix in self.matrices}
@@ -198,12 +196,6 @@ class Engine:
     def report(self) -> Report:
         """What every rank computes, keeps and sends."""
         return make_report(self)
-
-    def agreement_bytes(self) -> int:
-        """Bytes of the all-reduce in which the ranks agree on a step."""
-        checked = any(e.group["nonfinite"] != "ignore" for e in self.entries)
-        agrees = self.comm.size > 1 and checked
-        return 4 * (len(self.entries) + 2) if agrees else 0
 
     def plain_bytes(self) -> int:
         """Bytes that this rank keeps besides the moments and rotations of matrices."""
@@ -260,82 +252,9 @@ class Engine:
             stacklevel=2,
         )
 
-    def _agree(
-        self, grads: Sequence[Tensor | None], options: dict[int, Options]
-    ) -> list[bool] | None:
-        """Agree on a step.
-
-        One small all-reduce carries whether each parameter has a gradient, the
-        worst problem found, and (until the first real step) whether any gradient is
-        not zero: torch's state-dict helpers and DeepSpeed make a first step
-        with zero gradients only to create the states.
-
-        Returns:
-            Which parameters take part, the same on all ranks; None to do nothing.
-        """
-        checked = [options[id(e.group)].nonfinite != "ignore" for e in self.entries]
-        present = [int(grad is not None) for grad in grads]
-        problem = self._problem(grads, checked)
-        nonzero: int = self._started or any(
-            grad is not None and not problem and bool(grad.any()) for grad in grads
-        )
-        flags = [*present, problem, int(nonzero)]
-        if self.comm.size > 1 and (any(checked) or not self._started):
-            shared = torch.tensor(flags, dtype=torch.int32)
-            shared = shared.to(self.comm.device(self._device))
-            self.comm.all_reduce_max_(shared)
-            flags = shared.tolist()
-        *present, problem, nonzero = flags
-        if problem:
-            self._refuse(problem, options)
-            return None
-        if not nonzero:
-            return None
-        self._started = True
-        return [bool(p) for p in present]
-
-    def _problem(self, grads: Sequence[Tensor | None], checked: Sequence[bool]) -> int:
-        """The worst problem of this rank's gradients; 0 if there is none."""
-        there = [(i, g) for i, g in enumerate(grads) if g is not None]
-        sparse = [4 * i + _SPARSE for i, g in there if g.layout is not torch.strided]
-        if sparse:
-            return max(sparse)
-        dense = [(i, g) for i, g in there if checked[i] and g.numel() > 0]
-        if not dense:
-            return 0
-        # A sum is finite only if every entry is. It is one pass without a temporary
-        # and one transfer to the host; a sum that merely overflowed is looked into.
-        sums = [
-            g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for _, g in dense
-        ]
-        doubtful = [
-            (i, g)
-            for (i, g), total in zip(dense, torch.stack(sums).tolist())
-            if not math.isfinite(total)
-        ]
-        bad = [4 * i + _NONFINITE for i, g in doubtful if not g.isfinite().all()]
-        return max(bad, default=0)
-
-    def _refuse(self, problem: int, options: dict[int, Options]) -> None:
-        index, kind = divmod(problem, 4)
-        entry = self.entries[index]
-        name = entry.facts.name
-        if kind == _SPARSE:
-            raise RuntimeError(
-                f"{name}: {self.method.name} does not support sparse gradients; "
-                "use a dense gradient (sparse=False)"
-            )
-        if options[id(entry.group)].nonfinite == "skip":
-            self.skipped_steps += 1
-            return
-        raise RuntimeError(
-            f"{name}: its gradient has NaN or Inf entries on at least one rank; the "
-            "step was refused on every rank and nothing has changed; look for the "
-            'cause, or pass nonfinite="skip" to skip such steps'
-        )
-
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.entries[0].param.device if self.entries else torch.device("cpu")
 
     def _piece(
@@ -361,7 +280,7 @@ class Engine:
         gather, scatter = bucket.hops[0]
         work = [m.work_dtype for m in bucket.matrices]
         wire = [self.entries[m.index].facts.dtype for m in bucket.matrices]
-        device = self._device
+        device = self.device
         full, _ = self.exchange.run(
             gather, pieces, wire, work, device=device, slot="gathered"
         )
@@ -433,7 +352,7 @@ class Engine:
         return self._batches[key]
 
     def _make_batches(self, matrices: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
-        limit = BATCH_NUMEL.get(self._device.type, BATCH_NUMEL["cuda"])
+        limit = BATCH_NUMEL.get(self.device.type, BATCH_NUMEL["cuda"])
         growing: dict[Any, list[MatrixPlan]] = {}
         full = []
         for m in matrices:

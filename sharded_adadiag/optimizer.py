@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
@@ -18,11 +17,17 @@ from sharded_adadiag.engine import Engine, Entry
 from sharded_adadiag.integrations.parameters import (
     Holding,
     find_group,
-    holding,
     local,
 )
 from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.planning import Facts
+from sharded_adadiag.publication import (
+    check_parameter,
+    is_trained,
+    names,
+    publish,
+    raise_on_mismatch,
+)
 from sharded_adadiag.report import Report
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -128,7 +133,7 @@ class RotatedOptimizer(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps skipped because of non-finite gradients (``nonfinite="skip"``)."""
-        return 0 if self._engine is None else self._engine.skipped_steps
+        return 0 if self._engine is None else self._engine.agreement.skipped_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; as in torch, with its options checked.
@@ -152,8 +157,8 @@ class RotatedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             Options.from_group(group)
-            for name, param in zip(self._names(group), group["params"]):
-                _check_parameter(name, param, self.method)
+            for name, param in zip(names(self.param_groups, group), group["params"]):
+                check_parameter(name, param, self.method)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -305,34 +310,22 @@ class RotatedOptimizer(Optimizer):
         self._engine = None
         self._planned = {}
 
-    def _names(self, group: dict[str, Any]) -> list[str]:
-        names = group.get("param_names")
-        if names is not None:
-            return list(names)
-        before = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            before += len(other["params"])
-        return [f"parameter {before + i}" for i in range(len(group["params"]))]
-
     def _prepared(self) -> Engine:
         """The engine, with a plan for every parameter that is trained."""
         params = [p for group in self.param_groups for p in group["params"]]
         if self._engine is None:
             comm = communicator(find_group(params, self._process_group))
             self._engine = Engine(self.method, comm, self._distribution)
-        # As in torch.optim, a parameter without requires_grad may have a gradient.
-        if all(p in self._planned for p in params if _is_trained(p)):
+        if all(p in self._planned for p in params if is_trained(p)):
             return self._engine
         new: list[tuple[str, Tensor, dict[str, Any]]] = [
             (name, param, group)
             for group in self.param_groups
-            for name, param in zip(self._names(group), group["params"])
-            if _is_trained(param) and param not in self._planned
+            for name, param in zip(names(self.param_groups, group), group["params"])
+            if is_trained(param) and param not in self._planned
         ]
-        published = self._engine.comm.all_gather_object(_publish(new))
-        _raise_on_mismatch(published)
+        published = self._engine.comm.all_gather_object(publish(new))
+        raise_on_mismatch(published)
         holdings = [[h.region for _, h in described] for _, described in published]
         layouts = list(zip(*holdings))
         facts, own = zip(*published[self._engine.comm.rank][1])
@@ -365,73 +358,6 @@ class RotatedOptimizer(Optimizer):
                 param, dtype=dtype, memory_format=torch.preserve_format
             ).detach(),
         )
-
-
-def _is_trained(param: Tensor) -> bool:
-    return param.requires_grad or param.grad is not None
-
-
-def _check_parameter(name: str, param: Tensor, method: Method) -> None:
-    if not param.is_floating_point():
-        kind = "complex" if param.is_complex() else "integer"
-        raise TypeError(
-            f"{name}: {method.name} needs real floating-point parameters, got "
-            f"{kind} dtype {param.dtype}; leave it out of the optimizer"
-            + (" or pass torch.view_as_real of it" if kind == "complex" else "")
-        )
-    if param.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: {method.name} needs dense parameters, got layout {param.layout}"
-        )
-
-
-Published = tuple[str, list[tuple[Facts, Holding]]]
-
-
-def _publish(new: list[tuple[str, Tensor, dict[str, Any]]]) -> Published:
-    """This rank's parameters, or the error that keeps it from describing them."""
-    described = []
-    try:
-        for name, param, group in new:
-            mine = holding(param, name)
-            # The learning rate is no part of the plan, and may be a tensor.
-            options = dataclasses.replace(Options.from_group(group), lr=0.0)
-            described.append((
-                Facts(name, mine.shape, param.dtype, options),
-                mine,
-            ))
-    except (NotImplementedError, ValueError) as error:
-        return str(error), []
-    return "", described
-
-
-def _raise_on_mismatch(published: list[Published]) -> None:
-    """Every rank sees the same list, so all raise the same error."""
-    for rank, (error, _) in enumerate(published):
-        if error:
-            raise ValueError(f"rank {rank}: {error}")
-    first = [facts for facts, _ in published[0][1]]
-    for rank, (_, described) in enumerate(published):
-        if len(described) != len(first):
-            raise ValueError(
-                f"rank 0 has {len(first)} trainable parameters and rank {rank} has "
-                f"{len(described)}; every rank of the group must pass the same ones"
-            )
-        for i, ((facts, _), wanted) in enumerate(zip(described, first)):
-            if facts != wanted:
-                raise ValueError(
-                    f"parameter {i} differs: rank 0 has {wanted.name!r} of shape "
-                    f"{wanted.shape}, {wanted.dtype}, rank {rank} has {facts.name!r} "
-                    f"of shape {facts.shape}, {facts.dtype}"
-                    + (
-                        ""
-                        if facts.options == wanted.options
-                        else f" with options {facts.options} instead of "
-                        f"{wanted.options}"
-                    )
-                    + "; every rank of the group must pass the same parameters in "
-                    "the same order"
-                )
 
 
 class AdaDiag(RotatedOptimizer):

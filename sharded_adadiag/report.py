@@ -147,7 +147,7 @@ def make_report(engine: Engine) -> Report:
                 sum(m.state_bytes(rank) for rank in range(world_size)),
             )
         )
-    agreement = engine.agreement_bytes()
+    agreement = engine.agreement.nbytes()
     sums = [engine.sum_bytes(bucket) for bucket in engine.buckets]
     refreshes = [engine.refresh_plans(bucket) for bucket in engine.buckets]
     plain = engine.comm.all_gather_object(engine.plain_bytes())

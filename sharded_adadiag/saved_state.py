@@ -34,7 +34,7 @@ class SavedState:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.logical = LogicalState(engine.comm, engine._device)
+        self.logical = LogicalState(engine.comm, engine.device)
         self.matrices = {matrix.index: matrix for matrix in engine.matrices}
 
     def save(self) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,123 @@
+"""What the ranks agree on before a step changes anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.config import Options
+
+if TYPE_CHECKING:
+    from sharded_adadiag.engine import Engine
+
+_NONFINITE, _SPARSE = 1, 2
+
+
+class Agreement:
+    """One small all-reduce at the head of a step.
+
+    It carries whether each parameter has a gradient on any rank, the worst problem
+    found on any, and (until the first real step) whether any gradient is not zero:
+    torch's state-dict helpers and DeepSpeed make a first step with zero gradients
+    only to create the states.
+
+    Args:
+        engine: Whose steps they are.
+
+    Attributes:
+        started: A real step has been made.
+        skipped_steps: Steps skipped for a non-finite gradient.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.started = False
+        self.skipped_steps = 0
+
+    def nbytes(self) -> int:
+        """Bytes of the all-reduce of an ordinary step; 0 if there is none."""
+        entries = self.engine.entries
+        checked = any(e.group["nonfinite"] != "ignore" for e in entries)
+        return 4 * (len(entries) + 2) if self.engine.comm.size > 1 and checked else 0
+
+    def reach(
+        self, grads: Sequence[Tensor | None], options: dict[int, Options]
+    ) -> list[bool] | None:
+        """Agree on a step.
+
+        Args:
+            grads: This rank's gradients, by parameter.
+            options: Of each group, by its identity.
+
+        Returns:
+            Which parameters take part, the same on all ranks; None to do nothing.
+
+        Raises:
+            RuntimeError: On every rank, for a sparse or non-finite gradient on any.
+        """
+        checked = [
+            options[id(e.group)].nonfinite != "ignore" for e in self.engine.entries
+        ]
+        present = [int(grad is not None) for grad in grads]
+        problem = self._problem(grads, checked)
+        nonzero: int = self.started or any(
+            grad is not None and not problem and bool(grad.any()) for grad in grads
+        )
+        flags = [*present, problem, int(nonzero)]
+        if self.engine.comm.size > 1 and (any(checked) or not self.started):
+            shared = torch.tensor(flags, dtype=torch.int32)
+            shared = shared.to(self.engine.comm.device(self.engine.device))
+            self.engine.comm.all_reduce_max_(shared)
+            flags = shared.tolist()
+        *present, problem, nonzero = flags
+        if problem:
+            self._refuse(problem, options)
+            return None
+        if not nonzero:
+            return None
+        self.started = True
+        return [bool(p) for p in present]
+
+    def _problem(self, grads: Sequence[Tensor | None], checked: Sequence[bool]) -> int:
+        """The worst problem of this rank's gradients; 0 if there is none."""
+        there = [(i, g) for i, g in enumerate(grads) if g is not None]
+        sparse = [4 * i + _SPARSE for i, g in there if g.layout is not torch.strided]
+        if sparse:
+            return max(sparse)
+        dense = [(i, g) for i, g in there if checked[i] and g.numel() > 0]
+        if not dense:
+            return 0
+        # A sum is finite only if every entry is. It is one pass without a temporary
+        # and one transfer to the host; a sum that merely overflowed is looked into.
+        sums = [
+            g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for _, g in dense
+        ]
+        doubtful = [
+            (i, g)
+            for (i, g), total in zip(dense, torch.stack(sums).tolist())
+            if not math.isfinite(total)
+        ]
+        bad = [4 * i + _NONFINITE for i, g in doubtful if not g.isfinite().all()]
+        return max(bad, default=0)
+
+    def _refuse(self, problem: int, options: dict[int, Options]) -> None:
+        index, kind = divmod(problem, 4)
+        entry = self.engine.entries[index]
+        name = entry.facts.name
+        if kind == _SPARSE:
+            raise RuntimeError(
+                f"{name}: {self.engine.method.name} does not support sparse gradients; "
+                "use a dense gradient (sparse=False)"
+            )
+        if options[id(entry.group)].nonfinite == "skip":
+            self.skipped_steps += 1
+            return
+        raise RuntimeError(
+            f"{name}: its gradient has NaN or Inf entries on at least one rank; the "
+            "step was refused on every rank and nothing has changed; look for the "
+            'cause, or pass nonfinite="skip" to skip such steps'
+        )
