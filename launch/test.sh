@@ -7,4 +7,5 @@ ruff check .
 ruff format --check .
 mypy
 export OMP_NUM_THREADS=1
-python -m pytest -n "${TEST_WORKERS:-$(getconf _NPROCESSORS_ONLN)}" "$@"
+# loadgroup: tests that share a costly fixture stay on one worker.
+python -m pytest --dist loadgroup -n "${TEST_WORKERS:-$(getconf _NPROCESSORS_ONLN)}" "$@"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import io
 import os
-import socket
+import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -92,11 +93,12 @@ def run_processes(
     """
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    port = free_port()
+    folder = tempfile.TemporaryDirectory()
+    store = os.path.join(folder.name, "store")  # a file cannot be taken by others
     processes = [
         context.Process(
             target=_process_main,
-            args=(rank, world_size, port, timeout_s, queue, body, args),
+            args=(rank, world_size, store, timeout_s, queue, body, args),
         )
         for rank in range(world_size)
     ]
@@ -104,38 +106,39 @@ def run_processes(
         process.start()
     results: dict[int, Any] = {}
     errors: dict[int, BaseException] = {}
-    for _ in processes:
-        rank, value, error = queue.get()
-        if error is None:
-            results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    while len(results) + len(errors) < world_size:
+        dead = [r for r, p in enumerate(processes) if p.exitcode is not None]
+        if not queue.empty():
+            rank, value, error = queue.get()
+            if error is None:
+                results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+            else:
+                errors[rank] = RuntimeError(error)
+        elif silent := [r for r in dead if r not in results and r not in errors]:
+            codes = [processes[r].exitcode for r in silent]
+            errors |= {r: RuntimeError(f"died with exit code {codes}") for r in silent}
         else:
-            errors[rank] = RuntimeError(error)
+            time.sleep(0.02)
     for process in processes:
         process.join()
+    folder.cleanup()
     _raise_first(errors)
     return [results[rank] for rank in range(world_size)]
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _process_main(
     rank: int,
     world_size: int,
-    port: int,
+    store: str,
     timeout_s: float,
     queue: Any,
     body: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
     dist.init_process_group(
         "gloo",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
