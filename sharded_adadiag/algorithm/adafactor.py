@@ -13,12 +13,11 @@ With ``Gt = P^T G Q`` and the corrected decays ``h_i = b_i (1 - b_i^(t-1)) /
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
+from sharded_adadiag.algorithm.sums import PartialSum, Sums
 from sharded_adadiag.config import Options
 
 # Added to the squared gradient inside the accumulators (Shazeer & Stern's eps1).
@@ -26,43 +25,28 @@ ACCUMULATOR_EPS = 1e-30
 
 
 def adafactor(
-    grads: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    options: Options,
-    steps: Sequence[int],
-    shape: tuple[int, int],
-) -> Sums[list[Tensor]]:
-    """Steps 4-6 for a batch of matrices of one shape.
-
-    Args:
-        grads: Gradients in the basis wanted, ``[m, n]`` or a block of it.
-        states: ``exp_avg_sq_row`` ``[m]``, ``exp_avg_sq_col`` ``[n]`` and, with
-            momentum, ``exp_avg`` ``[m, n]`` of each; modified in place.
-        options: For ``betas`` and ``clip_threshold``.
-        steps: t of each, counted from 1.
-        shape: ``(m, n)`` of the full matrices.
-
-    Yields:
-        Sums over the entries at hand.
-
-    Returns:
-        U of each.
-    """
-    return (
-        yield from together([
-            _matrix(g, s, options, t, shape)
-            for g, s, t in zip(grads, states, steps, strict=True)
-        ])
-    )
-
-
-def _matrix(
     grad: Tensor,
     state: dict[str, Tensor],
     options: Options,
     step: int,
     shape: tuple[int, int],
 ) -> Sums[Tensor]:
+    """Steps 4-6 for one matrix.
+
+    Args:
+        grad: Gt, ``[m, n]`` or a block of it.
+        state: ``exp_avg_sq_row`` ``[m]``, ``exp_avg_sq_col`` ``[n]`` and, with
+            momentum, ``exp_avg`` ``[m, n]``; modified in place.
+        options: For ``betas`` and ``clip_threshold``.
+        step: t, counted from 1.
+        shape: ``(m, n)`` of the full matrix.
+
+    Yields:
+        Sums over the entries at hand.
+
+    Returns:
+        U.
+    """
     h1, h2 = (corrected_decay(beta, step) for beta in options.betas)
     momentum = grad
     if "exp_avg" in state:

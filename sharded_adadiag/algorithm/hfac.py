@@ -13,8 +13,6 @@ h1, h2 of `adafactor`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from sharded_adadiag.algorithm.adafactor import (
@@ -24,48 +22,33 @@ from sharded_adadiag.algorithm.adafactor import (
     moving_average_,
     squared_sums,
 )
-from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
+from sharded_adadiag.algorithm.sums import PartialSum, Sums
 from sharded_adadiag.config import Options
 
 
 def hfac(
-    grads: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    options: Options,
-    steps: Sequence[int],
-    shape: tuple[int, int],
-) -> Sums[list[Tensor]]:
-    """Steps 4-6 for a batch of matrices of one shape.
-
-    Args:
-        grads: Gradients in the basis wanted, ``[m, n]`` or a block of it.
-        states: ``exp_avg_row`` and ``exp_avg_sq_row`` ``[m]``, ``exp_avg_col`` and
-            ``exp_avg_sq_col`` ``[n]`` of each; modified in place.
-        options: For ``betas`` and ``clip_threshold``.
-        steps: t of each, counted from 1.
-        shape: ``(m, n)`` of the full matrices.
-
-    Yields:
-        Sums over the entries at hand.
-
-    Returns:
-        U of each.
-    """
-    return (
-        yield from together([
-            _matrix(g, s, options, t, shape)
-            for g, s, t in zip(grads, states, steps, strict=True)
-        ])
-    )
-
-
-def _matrix(
     grad: Tensor,
     state: dict[str, Tensor],
     options: Options,
     step: int,
     shape: tuple[int, int],
 ) -> Sums[Tensor]:
+    """Steps 4-6 for one matrix.
+
+    Args:
+        grad: Gt, ``[m, n]`` or a block of it.
+        state: ``exp_avg_row`` and ``exp_avg_sq_row`` ``[m]``, ``exp_avg_col`` and
+            ``exp_avg_sq_col`` ``[n]``; modified in place.
+        options: For ``betas`` and ``clip_threshold``.
+        step: t, counted from 1.
+        shape: ``(m, n)`` of the full matrix.
+
+    Yields:
+        Sums over the entries at hand.
+
+    Returns:
+        U.
+    """
     m, n = shape
     h1, h2 = (corrected_decay(beta, step) for beta in options.betas)
     sums = [PartialSum(grad.sum(1), "cols"), PartialSum(grad.sum(0), "rows")]

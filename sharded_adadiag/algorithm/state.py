@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_adadiag.algorithm.adafactor import adafactor
 from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
-from sharded_adadiag.algorithm.sums import Sums
+from sharded_adadiag.algorithm.sums import Sums, each
 from sharded_adadiag.config import Options
 
 MATRIX, ROW, COL = ("m", "n"), ("m",), ("n",)
@@ -42,14 +42,14 @@ ADADIAG = Method("AdaDiag", False, adam, {"exp_avg": MATRIX, "exp_avg_sq": MATRI
 ADAFACDIAG = Method(
     "AdafacDiag",
     True,
-    adafactor,
+    each(adafactor),
     {"exp_avg": MATRIX, **_SECOND},
     {"momentum": True, "clip_threshold": 1.0},
 )
 HFACDIAG = Method(
     "HfacDiag",
     True,
-    hfac,
+    each(hfac),
     {"exp_avg_row": ROW, "exp_avg_col": COL, **_SECOND},
     {"clip_threshold": 1.0},
 )

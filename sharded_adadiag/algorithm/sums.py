@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from sharded_adadiag.config import Options
+
 T = TypeVar("T")
 
 
@@ -61,6 +63,31 @@ def together(rules: Sequence[Sums[T]]) -> Sums[list[T]]:
         totals = iter((yield [s for asked in waiting.values() for s in asked]))
         answers = {i: [next(totals) for _ in asked] for i, asked in waiting.items()}
     return results  # type: ignore[return-value]
+
+
+def each(rule: Callable[..., Sums[T]]) -> Callable[..., Sums[list[T]]]:
+    """Make a rule for one matrix a rule for a batch of matrices of one shape.
+
+    Args:
+        rule: Takes the gradient, state, options, step and shape of one matrix.
+
+    Returns:
+        The same for lists of gradients, states and steps.
+    """
+
+    def batch(
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        options: Options,
+        steps: Sequence[int],
+        shape: tuple[int, int],
+    ) -> Sums[list[T]]:
+        matrices = zip(grads, states, steps, strict=True)
+        return (
+            yield from together([rule(g, s, options, t, shape) for g, s, t in matrices])
+        )
+
+    return batch
 
 
 def run(rule: Sums[T], totals: Callable[[list[PartialSum]], list[Tensor]]) -> T:
