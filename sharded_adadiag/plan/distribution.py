@@ -12,6 +12,7 @@ broadcast route, as long as the rotations that are then on every rank stay withi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
@@ -96,8 +97,8 @@ def step_bytes(matrix: MatrixLayout, route: Route) -> int:
     total = 0
     for i, (near, far) in enumerate(zip(layouts, layouts[1:])):
         out = matrix.grad_itemsize if route.raw(i) else matrix.work_itemsize
-        total += _moved(matrix, Hop(matrix.cols, near, far, out))
-        total += _moved(matrix, Hop(matrix.cols, far, near, matrix.work_itemsize))
+        total += _moved(Hop(matrix.cols, near, far, out))
+        total += _moved(Hop(matrix.cols, far, near, matrix.work_itemsize))
     return total
 
 
@@ -116,12 +117,14 @@ def refresh_bytes(matrix: MatrixLayout, route: Route, rotation_bytes: int) -> in
             whole if rank == route.owner else full(0, 0) for rank in range(world_size)
         )
         hop = Hop(matrix.cols, matrix.layout, owner, matrix.grad_itemsize)
-        total += _moved(matrix, hop)
+        total += _moved(hop)
     return total
 
 
-def _moved(matrix: MatrixLayout, hop: Hop) -> int:
-    plan = ExchangePlan(len(matrix.layout), (hop,))
+@functools.lru_cache(maxsize=4096)
+def _moved(hop: Hop) -> int:
+    """Bytes that leave their rank in a hop; models repeat a few shapes many times."""
+    plan = ExchangePlan(len(hop.source), (hop,))
     return sum(
         t.region.numel * hop.itemsize for t in plan.transfers if t.source != t.target
     )
