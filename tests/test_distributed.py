@@ -308,7 +308,7 @@ def test_real_backward_passes_on_gloo_processes_agree_to_1e_6(layout, distributi
         got = run_processes(2, backward_steps, 2, layout, dtype, distribution)
         for rank in range(2):
             for a, b in zip(got[rank], want):
-                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(a, b, atol=1e-6, rtol=0.0)
 
 
 @pytest.mark.multiprocess

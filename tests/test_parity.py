@@ -221,3 +221,31 @@ def test_broadcast_distribution_agrees_to_1e_6(layout, world_size, sides, basis)
             torch.testing.assert_close(
                 a, b, atol=1e-6, rtol=1e-6, msg=lambda m, c=case: f"{c.name}: {m}"
             )
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
+def test_bfloat16_parameters_get_the_same_bits(state_dtype):
+    options = {"distribution": "owner", "state_dtype": state_dtype}
+    want = alone(HARD_CASES, torch.bfloat16, "AdaDiag", options)
+    got = run_threads(3, body, "fsdp2", HARD_CASES, torch.bfloat16, "AdaDiag", options)
+    for case, a, b in zip(HARD_CASES, got[2], want):
+        assert_equal(a, b, case.name)
+
+
+def few_steps(rank: int, layout: str, cases: tuple[Case, ...]) -> list[Tensor]:
+    model, extra = sharded_model(layout, cases, torch.float32)
+    options = {"distribution": "owner", **extra}
+    return train(model, cases, torch.float32, "AdaDiag", options, steps=3)[0]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp"])
+def test_64_ranks_give_the_same_bits(layout):
+    """Far more ranks than matrices, and most shards empty."""
+    cases = tuple(c for c in HARD_CASES if not c.frozen)
+    model = Parameters(cases, torch.float32)
+    options = {"distribution": "owner"}
+    want, _ = train(model, cases, torch.float32, "AdaDiag", options, steps=3)
+    got = run_threads(64, few_steps, layout, cases)
+    for rank in (0, 31, 63):
+        for case, a, b in zip(cases, got[rank], want):
+            assert_equal(a, b, case.name)
