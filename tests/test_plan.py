@@ -209,7 +209,7 @@ def hops(draw):
     return world_size, matrices
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(hops())
 def test_every_target_entry_arrives_exactly_once_and_the_way_back_mirrors_it(case):
     world_size, matrices = case
@@ -230,7 +230,7 @@ def test_every_target_entry_arrives_exactly_once_and_the_way_back_mirrors_it(cas
                 assert set(got) == entries(getattr(hop, ends)[rank], cols)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(hops())
 def test_slots_are_aligned_disjoint_and_inside_their_chunk(case):
     world_size, matrices = case
