@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.state import (
     Method,
     matrix_moments,
@@ -168,7 +169,7 @@ class _Draft:
     @classmethod
     def of(cls, index: int, fact: Facts, layout: Layout, method: Method) -> _Draft:
         options = fact.options
-        rows, cols = fact.shape[0], math.prod(fact.shape[1:])
+        rows, cols = matrix_shape(fact.shape)
         left, right = rotated_sides((rows, cols), options)
         work = torch.promote_types(fact.dtype, torch.float32)
         matrix = MatrixLayout(

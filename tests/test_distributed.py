@@ -257,9 +257,13 @@ class Widening(nn.Module):
 
     def __init__(self, dtype):
         super().__init__()
-        torch.manual_seed(3)
         self.first = nn.Linear(8, 12, dtype=dtype)
         self.second = nn.Linear(12, 8, dtype=dtype)
+        # Ranks that are threads share the global random state.
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for param in self.parameters():
+                param.uniform_(-0.3, 0.3, generator=generator)
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)))
@@ -303,12 +307,29 @@ def backward_steps(rank, world_size, layout, dtype, distribution):
 @pytest.mark.parametrize("distribution", ["owner", "broadcast"])
 @pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
 def test_real_backward_passes_on_gloo_processes_agree_to_1e_6(layout, distribution):
-    for dtype in (torch.float32,):
-        want = backward_steps(0, 1, "single", dtype, "auto")
-        got = run_processes(2, backward_steps, 2, layout, dtype, distribution)
-        for rank in range(2):
-            for a, b in zip(got[rank], want):
-                torch.testing.assert_close(a, b, atol=1e-6, rtol=0.0)
+    check_backward(run_processes, 2, layout, distribution)
+
+
+@pytest.mark.parametrize("distribution", ["owner", "broadcast"])
+@pytest.mark.parametrize(
+    "layout,world_size",
+    [
+        *(("fsdp2", world_size) for world_size in (1, 2, 3, 4, 8)),
+        ("ddp", 2),
+        ("ddp", 4),
+    ],
+)
+def test_real_backward_passes_agree_to_1e_6(layout, world_size, distribution):
+    check_backward(run_threads, world_size, layout, distribution)
+
+
+def check_backward(run, world_size, layout, distribution):
+    dtype = torch.float32
+    want = backward_steps(0, 1, "single", dtype, "auto")
+    got = run(world_size, backward_steps, world_size, layout, dtype, distribution)
+    for weights in got:
+        for a, b in zip(weights, want):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0.0)
 
 
 @pytest.mark.multiprocess

@@ -12,6 +12,7 @@ from torch import Tensor
 from sharded_adadiag.algorithm.adafactor import adafactor
 from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
+from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.sums import Sums, each
 from sharded_adadiag.config import Options
 
@@ -154,5 +155,4 @@ def needs_matrix(method: Method, shape: Sequence[int], options: Options) -> bool
         return False
     if options.sides == "none":
         return method.factored
-    rows = shape[0]
-    return any(rotated_sides((rows, math.prod(shape[1:])), options))
+    return any(rotated_sides(matrix_shape(shape), options))
