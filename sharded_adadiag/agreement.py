@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.config import Options
+from sharded_adadiag.replicas import check_replicas
 
 if TYPE_CHECKING:
     from sharded_adadiag.engine import Engine
 
-_NONFINITE, _SPARSE = 1, 2
+_NONFINITE, _SPARSE, _UNREDUCED = 1, 2, 3
 
 
 class Agreement:
@@ -57,7 +58,9 @@ class Agreement:
             Which parameters take part, the same on all ranks; None to do nothing.
 
         Raises:
-            RuntimeError: On every rank, for a sparse or non-finite gradient on any.
+            RuntimeError: On every rank, for a gradient on any that is sparse, not
+                finite, or not the rank's piece of the whole.
+            ValueError: On every rank, before the first step, for different replicas.
         """
         checked = [
             options[id(e.group)].nonfinite != "ignore" for e in self.engine.entries
@@ -79,15 +82,22 @@ class Agreement:
             return None
         if not nonzero:
             return None
+        if not self.started:
+            check_replicas(self.engine)
         self.started = True
         return [bool(p) for p in present]
 
     def _problem(self, grads: Sequence[Tensor | None], checked: Sequence[bool]) -> int:
         """The worst problem of this rank's gradients; 0 if there is none."""
         there = [(i, g) for i, g in enumerate(grads) if g is not None]
-        sparse = [4 * i + _SPARSE for i, g in there if g.layout is not torch.strided]
-        if sparse:
-            return max(sparse)
+        unfit = [
+            4 * i + (_SPARSE if g.layout is not torch.strided else _UNREDUCED)
+            for i, g in there
+            if g.layout is not torch.strided
+            or g.numel() != self.engine.entries[i].region.numel
+        ]
+        if unfit:
+            return max(unfit)
         dense = [(i, g) for i, g in there if checked[i] and g.numel() > 0]
         if not dense:
             return 0
@@ -112,6 +122,13 @@ class Agreement:
             raise RuntimeError(
                 f"{name}: {self.engine.method.name} does not support sparse gradients; "
                 "use a dense gradient (sparse=False)"
+            )
+        if kind == _UNREDUCED:
+            raise RuntimeError(
+                f"{name}: on at least one rank its gradient is not that rank's shard "
+                "of it; the step was refused on every rank and nothing has changed; "
+                "leave no_sync() before the last backward pass of a step, so that "
+                "gradients are reduced"
             )
         if options[id(entry.group)].nonfinite == "skip":
             self.skipped_steps += 1

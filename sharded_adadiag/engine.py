@@ -46,7 +46,7 @@ class Entry:
         facts: What is the same on every rank.
         layout: What each rank holds of its matrix view.
         region: What this rank holds of it.
-        param: The local tensor with those entries.
+        find_param: Gives the local tensor with those entries, wherever it is now.
         grad: Gives the local gradient, or None.
         state: ``optimizer.state`` of the parameter.
         group: Its param group.
@@ -56,11 +56,16 @@ class Entry:
     facts: Facts
     layout: Layout
     region: Region
-    param: Tensor
+    find_param: Callable[[], Tensor]
     grad: Callable[[], Tensor | None]
     state: Callable[[], dict[str, Any]]
     group: dict[str, Any]
     zeros_like: Callable[[torch.dtype], Tensor]
+
+    @property
+    def param(self) -> Tensor:
+        """The local tensor with the entries of ``region``."""
+        return self.find_param()
 
 
 class Engine:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase  # of all batch and instance no
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_adadiag.integrations.fsdp1 import remember
+from sharded_adadiag.integrations.fsdp2 import refuse_unsharded
 from sharded_adadiag.integrations.parameters import logical_shape
 
 _LOGGER = logging.getLogger("sharded_adadiag")
@@ -83,6 +84,7 @@ def param_groups(
         TypeError: If `model` is not an ``nn.Module``.
         ValueError: If a pattern of `exclude` matches no parameter.
         NotImplementedError: For FSDP1 with ``use_orig_params=False``.
+        RuntimeError: For a module of FSDP2 that is gathered at the moment.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -90,6 +92,7 @@ def param_groups(
             "pass the model itself, not its parameters"
         )
     remember(model)
+    refuse_unsharded(model)
     heads = _heads(model)
     entries = _entries(model)
     _mark_by_module(entries, model, heads.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
@@ -11,23 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Method
+from sharded_adadiag.binding import Binding
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.config import DISTRIBUTIONS, OPTION_NAMES, Options
-from sharded_adadiag.engine import Engine, Entry
-from sharded_adadiag.integrations.parameters import (
-    Holding,
-    find_group,
-    local,
+from sharded_adadiag.integrations.callers import (
+    refuse_in_backward,
+    refuse_local_scaler,
 )
-from sharded_adadiag.plan.geometry import Layout
-from sharded_adadiag.planning import Facts
-from sharded_adadiag.publication import (
-    check_parameter,
-    is_trained,
-    names,
-    publish,
-    raise_on_mismatch,
-)
+from sharded_adadiag.integrations.parameters import local
+from sharded_adadiag.publication import check_parameter, names
 from sharded_adadiag.report import Report
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -123,17 +116,20 @@ class RotatedOptimizer(Optimizer):
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
         Options.from_group(defaults)
-        self._distribution = distribution
-        self._process_group = process_group
-        self._engine: Engine | None = None
-        self._planned: dict[Tensor, Entry] = {}
+        self._binding = Binding(self, self.method, distribution, process_group)
         self._loading: dict[int, dict[str, Any]] | None = None
         super().__init__(params, defaults)
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped because of non-finite gradients (``nonfinite="skip"``)."""
-        return 0 if self._engine is None else self._engine.agreement.skipped_steps
+        return self._binding.skipped_steps
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks before it steps; False: it skips steps by itself."""
+        refuse_local_scaler(sys._getframe(1).f_locals.get("self"), self.param_groups)
+        return False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; as in torch, with its options checked.
@@ -185,14 +181,16 @@ class RotatedOptimizer(Optimizer):
 
         Raises:
             ValueError: On every rank, if the ranks' parameters do not match.
-            RuntimeError: On every rank, if a gradient is non-finite (nothing has
-                changed then) or sparse, or if an owner failed.
+            RuntimeError: On every rank, if a gradient is non-finite, sparse or not
+                reduced (nothing has changed then), or if an owner failed; also
+                inside a backward pass.
         """
+        refuse_in_backward(self.method.name)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._prepared().step()
+        self._binding.prepared().step()
         return loss
 
     @torch.no_grad()
@@ -205,7 +203,7 @@ class RotatedOptimizer(Optimizer):
         Returns:
             The report.
         """
-        return self._prepared().report()
+        return self._binding.prepared().report()
 
     @torch.no_grad()
     def state_bytes(self) -> int:
@@ -218,7 +216,7 @@ class RotatedOptimizer(Optimizer):
         Returns:
             The bytes of all state tensors.
         """
-        self._prepared()
+        self._binding.prepared()
         return sum(
             local(value).nbytes
             for state in self.state.values()
@@ -240,14 +238,8 @@ class RotatedOptimizer(Optimizer):
         live = self.state
         if not live:
             return super().state_dict()
-        engine = self._prepared()
-        logical = engine.save_state()
-        params = {id(entry): p for p, entry in self._planned.items()}
         try:
-            self.state = defaultdict(
-                dict,
-                {params[id(engine.entries[i])]: s for i, s in logical.items()},
-            )
+            self.state = defaultdict(dict, self._binding.save_state())
             return super().state_dict()
         finally:
             self.state = live
@@ -281,83 +273,21 @@ class RotatedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled, and the plan is made anew.
-        return {**super().__getstate__(), "_distribution": self._distribution}
+        binding = {"_distribution": self._binding.distribution}
+        return {**super().__getstate__(), **binding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        distribution = state.pop("_distribution", None)
         super().__setstate__(state)
-        self.__dict__.setdefault("_distribution", "auto")
-        self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_loading", None)
-        self._forget_plan()
+        if "_binding" not in self.__dict__:  # unpickled or copied
+            self._binding = Binding(self, self.method, distribution, None)
+        self._binding.forget()
         for group in self.param_groups:
             for key, value in {**self.defaults, "rotate": True}.items():
                 group.setdefault(key, value)
         if self._loading:
-            self._take_over(self._loading)
-
-    def _take_over(self, saved: dict[int, dict[str, Any]]) -> None:
-        """Put a loaded logical state where the plan wants it."""
-        engine = self._prepared()
-        params = [p for group in self.param_groups for p in group["params"]]
-        place = {id(entry): i for i, entry in enumerate(engine.entries)}
-        engine.load_state({
-            place[id(self._planned[param])]: saved[i]
-            for i, param in enumerate(params)
-            if i in saved and param in self._planned
-        })
-
-    def _forget_plan(self) -> None:
-        self._engine = None
-        self._planned = {}
-
-    def _prepared(self) -> Engine:
-        """The engine, with a plan for every parameter that is trained."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if self._engine is None:
-            comm = communicator(find_group(params, self._process_group))
-            self._engine = Engine(self.method, comm, self._distribution)
-        if all(p in self._planned for p in params if is_trained(p)):
-            return self._engine
-        new: list[tuple[str, Tensor, dict[str, Any]]] = [
-            (name, param, group)
-            for group in self.param_groups
-            for name, param in zip(names(self.param_groups, group), group["params"])
-            if is_trained(param) and param not in self._planned
-        ]
-        published = self._engine.comm.all_gather_object(publish(new))
-        raise_on_mismatch(published)
-        holdings = [[h.region for _, h in described] for _, described in published]
-        layouts = list(zip(*holdings))
-        facts, own = zip(*published[self._engine.comm.rank][1])
-        entries = [
-            self._entry(fact, mine, layout, param, group)
-            for fact, mine, layout, (_, param, group) in zip(facts, own, layouts, new)
-        ]
-        self._engine.extend(entries, holdings)
-        self._planned.update(zip((param for _, param, _ in new), entries))
-        self._engine.allocate()
-        return self._engine
-
-    def _entry(
-        self,
-        facts: Facts,
-        mine: Holding,
-        layout: Layout,
-        param: Tensor,
-        group: dict[str, Any],
-    ) -> Entry:
-        return Entry(
-            facts=facts,
-            layout=layout,
-            region=mine.region,
-            param=local(param),
-            grad=lambda: None if param.grad is None else local(param.grad),
-            state=lambda: self.state[param],
-            group=group,
-            zeros_like=lambda dtype: torch.zeros_like(
-                param, dtype=dtype, memory_format=torch.preserve_format
-            ).detach(),
-        )
+            self._binding.load_state(self._loading)
 
 
 class AdaDiag(RotatedOptimizer):

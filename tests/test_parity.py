@@ -152,7 +152,13 @@ def whole(param: Tensor) -> Tensor:
         return param
     pieces: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pieces, param.detach())
-    return torch.cat(pieces).view(flat[0])
+    return join(pieces, flat[0])
+
+
+def join(pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The flat pieces of all ranks put together; replicas come again at the end."""
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
+    return flat[: torch.Size(shape).numel()].view(shape)
 
 
 def body(

@@ -10,7 +10,6 @@ Private names read, tried with torch 2.13: ``FSDP._handle``, its ``flat_param`` 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,10 +69,9 @@ def remembered(param: Tensor, name: str) -> tuple[tuple[int, ...], FlatRange] | 
         )
     known = _remembered.get(param)
     if known is not None:
-        shape, flat = known
-        whole = tuple(param.shape) == shape and flat.stop - flat.start == 0
-        # NO_SHARD keeps the parameter as it is, with no shard information.
-        return None if whole and math.prod(shape) > 0 else known
+        # NO_SHARD keeps a matrix as it is, whole on every rank.
+        shape = known[0]
+        return None if len(shape) > 1 and tuple(param.shape) == shape else known
     if getattr(param, "_fsdp_flattened", False):
         raise NotImplementedError(
             f"{name}: FullyShardedDataParallel keeps a flat piece of it whose place "
