@@ -23,12 +23,17 @@ from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.publication import check_parameter, names
 from sharded_adadiag.report import Report
 
+# Of the saved form. It is a key of the param groups, because that is all of a state
+# dict that torch.distributed.checkpoint keeps besides the states.
+FORMAT_VERSION = 1
+
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 # Keys a group may have besides the options: torch's own, its schedulers', a label.
 _OTHER_KEYS = frozenset({
     "params",
     "param_names",
     "name",
+    "format_version",
     "initial_lr",
     "max_lr",
     "min_lr",
@@ -149,6 +154,7 @@ class RotatedOptimizer(Optimizer):
                     f"knows {', '.join(sorted({*self.defaults, 'rotate'}))}"
                 )
             param_group.setdefault("rotate", True)
+            param_group["format_version"] = FORMAT_VERSION
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -257,9 +263,17 @@ class RotatedOptimizer(Optimizer):
             state_dict: From any optimizer with the same parameters.
 
         Raises:
-            ValueError: If groups do not match (as in torch), or a state tensor has a
-                wrong shape: it names the parameter and both shapes.
+            ValueError: If groups do not match (as in torch), a state tensor has a
+                wrong shape (it names the parameter and both shapes), or a newer
+                version wrote it.
         """
+        for group in state_dict["param_groups"]:
+            written = group.get("format_version", FORMAT_VERSION)
+            if written > FORMAT_VERSION:
+                raise ValueError(
+                    f"the state has format {written}, this version reads up to "
+                    f"{FORMAT_VERSION}; load it with the newer sharded_adadiag"
+                )
         # torch would cast every state to its parameter's dtype, so it is given the
         # groups alone; __setstate__ takes over the state, in time for the hooks.
         # Saved keys are whatever the saved groups list: positions, or names.
@@ -286,6 +300,7 @@ class RotatedOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in {**self.defaults, "rotate": True}.items():
                 group.setdefault(key, value)
+            group["format_version"] = FORMAT_VERSION
         if self._loading:
             self._binding.load_state(self._loading)
 
