@@ -20,7 +20,7 @@ from sharded_adadiag.integrations.callers import (
     refuse_local_scaler,
 )
 from sharded_adadiag.integrations.parameters import local
-from sharded_adadiag.publication import check_parameter, names
+from sharded_adadiag.publication import check_parameter, match_saved, names
 from sharded_adadiag.report import Report
 
 # Of the saved form. It is a key of the param groups, because that is all of a state
@@ -276,9 +276,8 @@ class RotatedOptimizer(Optimizer):
                 )
         # torch would cast every state to its parameter's dtype, so it is given the
         # groups alone; __setstate__ takes over the state, in time for the hooks.
-        # Saved keys are whatever the saved groups list: positions, or names.
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         saved = state_dict["state"]
+        keys = match_saved(state_dict["param_groups"], self.param_groups)
         self._loading = {i: saved[key] for i, key in enumerate(keys) if key in saved}
         try:
             super().load_state_dict({**state_dict, "state": {}})

@@ -2,44 +2,60 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_parity import (
     Parameters,
     advance,
     groups,
+    plain_names,
     sharded_model,
     whole_weights,
 )
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from sharded_adadiag import AdaDiag
+from sharded_adadiag.checkpoint.named import named_state_dict
+from sharded_adadiag.integrations.fsdp1 import remembered
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import HARD_CASES
-from sharded_adadiag.testing.ranks import run_processes
+from sharded_adadiag.testing.ranks import run_processes, run_threads
 
+# On one rank FSDP1 shards nothing, and says so; its state dicts are deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 CASES = tuple(c for c in HARD_CASES if not (c.frozen or c.without_gradient))
 F32 = torch.float32
-BEFORE, AFTER = 6, 12  # bases at steps 1, 5 and 9: before and after the checkpoint
-# Layout and ranks; the last letter tells the distribution of the work.
+BEFORE, AFTER = 6, 10  # bases at steps 1, 5 and 9: before and after the checkpoint
+# Layout and ranks. "replicas" is DDP in which every rank keeps everything.
 PLACES = {
-    "plain 1": ("plain", 1, "auto"),
-    "ddp 2": ("ddp", 2, "owner"),
-    "fsdp2 2": ("fsdp2", 2, "owner"),
-    "fsdp2 3": ("fsdp2", 3, "owner"),
-    "hsdp 4": ("hsdp", 4, "owner"),
-    "tp 2": ("tp", 2, "owner"),
+    f"{layout} {ranks}": (layout, ranks, "owner")
+    for layout, counts in {
+        "plain": (1,),
+        "replicas": (2,),
+        "ddp": (2, 3, 4),
+        "fsdp1": (1, 2, 3, 4),
+        "fsdp2": (1, 2, 3, 4),
+        "hsdp": (2, 4),
+        "tp": (2, 3, 4),
+    }.items()
+    for ranks in counts
 }
 
 
 def build(layout, distribution):
-    if layout == "plain":
+    if layout in ("plain", "replicas"):
         model, extra = Parameters(CASES, F32), {}
     else:
         model, extra = sharded_model(layout, CASES, F32)
@@ -60,19 +76,46 @@ def uninterrupted():
     return whole_weights(model, CASES)
 
 
-def states(model, opt, flatten):
+def states(model, opt, flatten=False):
+    """As users write it; only FSDP1 needs our helper."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    if isinstance(model, FullyShardedDataParallel):
+        optimizer_state = named_state_dict(opt)
+        # torch gathers weights of FSDP1 by code that threads cannot share.
+        names = [case.name for case in CASES]
+        weights = dict(zip(names, whole_weights(model, CASES), strict=True))
+        return {"model": weights, "optimizer": optimizer_state}
     model_state, optimizer_state = get_state_dict(model, opt, options=options)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def write(rank, layout, distribution, folder, flatten):
+@torch.no_grad()
+def take_over(model, opt, state, flatten=False):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    if isinstance(model, FullyShardedDataParallel):
+        for name, param in plain_names(model).items():
+            flat, weight = remembered(param, name), state["model"][name]
+            if flat is not None:
+                weight = weight.reshape(-1)[flat[1].start : flat[1].stop]
+            param.copy_(weight)
+        opt.load_state_dict(state["optimizer"])
+        return
+    set_state_dict(
+        model,
+        opt,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+
+
+def write(rank, layout, distribution, folder, flatten=False):
     model, opt = build(layout, distribution)
     advance(model, opt, CASES, F32, 0, BEFORE)
     dcp.save(states(model, opt, flatten), checkpoint_id=folder)
 
 
-def read_all(rank, layout, distribution, folders, flatten):
+def read_all(rank, layout, distribution, folders, flatten=False):
     """The final weights after going on from each of the checkpoints."""
     finals = {}
     for name, folder in folders.items():
@@ -82,14 +125,7 @@ def read_all(rank, layout, distribution, folders, flatten):
                 param.zero_()
         state = states(model, opt, flatten)
         dcp.load(state, checkpoint_id=folder)
-        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-        set_state_dict(
-            model,
-            opt,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=options,
-        )
+        take_over(model, opt, state, flatten)
         advance(model, opt, CASES, F32, BEFORE, AFTER)
         finals[name] = whole_weights(model, CASES)
     return finals
@@ -101,32 +137,81 @@ def checkpoints(tmp_path_factory):
     folders = {}
     for name, (layout, world_size, distribution) in PLACES.items():
         folders[name] = str(tmp_path_factory.mktemp(name.replace(" ", "-")))
-        run_processes(world_size, write, layout, distribution, folders[name], False)
+        run_threads(world_size, write, layout, distribution, folders[name])
     return folders
 
 
-@pytest.mark.multiprocess
 @pytest.mark.xdist_group("checkpoints")
 @pytest.mark.parametrize("place", PLACES)
 def test_a_checkpoint_from_anywhere_goes_on_here(place, checkpoints):
     layout, world_size, distribution = PLACES[place]
     want = uninterrupted()
-    for finals in run_processes(
-        world_size, read_all, layout, distribution, checkpoints, False
-    ):
+    for finals in run_threads(world_size, read_all, layout, distribution, checkpoints):
         assert set(finals) == set(PLACES)
         for source, weights in finals.items():
             for case, a, b in zip(CASES, weights, want):
                 assert_equal(a, b, f"{source} -> {place}: {case.name}")
 
 
+def fsdp1_as_users_write_it(rank, folder, start, stop):
+    model, opt = build("fsdp1", "owner")
+    state = {"model": get_model_state_dict(model), "optimizer": named_state_dict(opt)}
+    if start:
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(model, state["model"])
+        opt.load_state_dict(state["optimizer"])
+    advance(model, opt, CASES, F32, start, stop)
+    if not start:
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": named_state_dict(opt),
+        }
+        dcp.save(state, checkpoint_id=folder)
+    return whole_weights(model, CASES)
+
+
 @pytest.mark.multiprocess
+def test_fsdp1_on_gloo_writes_and_reads_what_fsdp2_reads_and_writes(tmp_path):
+    want, folder = uninterrupted(), str(tmp_path / "fsdp1")
+    run_processes(2, fsdp1_as_users_write_it, folder, 0, BEFORE)
+    fsdp2 = run_threads(3, read_all, "fsdp2", "owner", {"it": folder})[0]["it"]
+    folder = str(tmp_path / "fsdp2")
+    run_threads(3, write, "fsdp2", "owner", folder)
+    fsdp1 = run_processes(2, fsdp1_as_users_write_it, folder, BEFORE, AFTER)[0]
+    for case, a, b, c in zip(CASES, fsdp2, fsdp1, want, strict=True):
+        assert_equal(a, c, f"fsdp1 -> fsdp2: {case.name}")
+        assert_equal(b, c, f"fsdp2 -> fsdp1: {case.name}")
+
+
+def save_asynchronously(rank, folder):
+    model, opt = build("fsdp2", "owner")
+    advance(model, opt, CASES, F32, 0, BEFORE)
+    group = dist.new_group(backend="gloo")  # training keeps using the other one
+    future = dcp.async_save(
+        states(model, opt), checkpoint_id=folder, process_group=group
+    )
+    advance(model, opt, CASES, F32, BEFORE, AFTER)  # must not get into the files
+    future.result()
+    return whole_weights(model, CASES)
+
+
+@pytest.mark.multiprocess
+def test_an_asynchronous_checkpoint_holds_the_moment_of_the_call(tmp_path):
+    folder, want = str(tmp_path / "async"), uninterrupted()
+    for weights in run_processes(2, save_asynchronously, folder):
+        for case, a, b in zip(CASES, weights, want):
+            assert_equal(a, b, case.name)
+    got = run_threads(3, read_all, "fsdp2", "owner", {"async": folder})
+    for case, a, b in zip(CASES, got[0]["async"], want):
+        assert_equal(a, b, case.name)
+
+
 def test_flattened_checkpoints_move_from_blocks_to_owners(tmp_path):
     """From the broadcast distribution, which rounds elsewhere, hence the tolerance."""
     folder = str(tmp_path / "flat")
-    run_processes(2, write, "fsdp2", "broadcast", folder, True)
+    run_threads(2, write, "fsdp2", "broadcast", folder, True)
     want = uninterrupted()
-    got = run_processes(3, read_all, "fsdp2", "owner", {"flat": folder}, True)
+    got = run_threads(3, read_all, "fsdp2", "owner", {"flat": folder}, True)
     # Matrices whose bases have no arbitrary null-space direction.
     for case, a, b in zip(CASES, got[0]["flat"], want):
         torch.testing.assert_close(
@@ -158,12 +243,11 @@ def from_full_state(rank, path):
     return whole_weights(model, CASES)
 
 
-@pytest.mark.multiprocess
 def test_a_full_state_dict_survives_torch_save_and_goes_on_elsewhere(tmp_path):
     path = str(tmp_path / "full.pt")
-    run_processes(2, full_state, path)
+    run_threads(2, full_state, path)
     want = uninterrupted()
-    for weights in run_processes(3, from_full_state, path):
+    for weights in run_threads(3, from_full_state, path):
         for case, a, b in zip(CASES, weights, want):
             assert_equal(a, b, case.name)
 
@@ -181,44 +265,25 @@ def shards(rank):
     return held, whole
 
 
-@pytest.mark.multiprocess
 def test_no_rank_holds_all_of_the_saved_form():
-    results = run_processes(3, shards)
+    results = run_threads(3, shards)
     assert sum(held for held, _ in results) == results[0][1]
     assert all(held < 0.6 * whole for held, whole in results)
 
 
-def fsdp1_write(rank, folder):
-    model, opt = build("fsdp1", "owner")
-    advance(model, opt, CASES, F32, 0, BEFORE)
-    dcp.save({"optimizer": opt.state_dict()}, checkpoint_id=folder)
-    return whole_weights(model, CASES)
+def test_states_are_matched_by_name_if_both_sides_have_the_same_names():
+    first, second = (torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    opt = AdaDiag([("first", first), ("second", second)])
+    first.grad, second.grad = torch.ones(4, 4), torch.full((4, 4), 2.0)
+    opt.step()
+    other = AdaDiag([("second", second), ("first", first)])
+    other.load_state_dict(opt.state_dict())
+    for param in (first, second):
+        for key, value in opt.state[param].items():
+            assert_equal(other.state[param][key], value, key)
 
 
-def fsdp1_read(rank, folder, weights):
-    model, opt = build("fsdp1", "owner")
-    advance(model, opt, CASES, F32, 0, 1)  # creates the states
-    state = {"optimizer": opt.state_dict()}
-    dcp.load(state, checkpoint_id=folder)
-    opt.load_state_dict(state["optimizer"])
-    from test_parity import plain_names
-
-    from sharded_adadiag.integrations.fsdp1 import remembered
-
-    named = plain_names(model)
-    with torch.no_grad():
-        for case, weight in zip(CASES, weights):
-            _, flat = remembered(named[case.name], case.name)
-            named[case.name].copy_(weight.reshape(-1)[flat.start : flat.stop])
-    advance(model, opt, CASES, F32, BEFORE, AFTER)
-    return whole_weights(model, CASES)
-
-
-@pytest.mark.multiprocess
-def test_fsdp1_states_move_to_another_number_of_ranks(tmp_path):
-    folder = str(tmp_path / "fsdp1")
-    weights = run_processes(2, fsdp1_write, folder)[0]
-    want = uninterrupted()
-    for got in run_processes(3, fsdp1_read, folder, weights):
-        for case, a, b in zip(CASES, got, want):
-            assert_equal(a, b, case.name)
+def test_a_named_state_dict_needs_names():
+    opt = AdaDiag([torch.nn.Parameter(torch.randn(4, 4))])
+    with pytest.raises(ValueError, match="have no names; make it of param_groups"):
+        named_state_dict(opt)

@@ -104,8 +104,14 @@ def sharded_model(
     if layout == "ddp":
         return model, {"process_group": dist.group.WORLD}
     if layout == "fsdp1":
-        cpu = torch.device("cpu")
-        return FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True), {}
+        # With a mesh its state dicts have DTensors, without one ShardedTensors.
+        model = FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+            device_mesh=init_device_mesh("cpu", (size,)),
+        )
+        return model, {}
     if layout == "hsdp":
         mesh = init_device_mesh(
             "cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")

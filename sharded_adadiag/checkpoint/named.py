@@ -1,0 +1,43 @@
+"""The saved form by parameter name, where torch's own helper cannot make it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sharded_adadiag.optimizer import RotatedOptimizer
+
+
+def named_state_dict(optimizer: RotatedOptimizer) -> dict[str, Any]:
+    """What ``get_optimizer_state_dict`` of torch gives, also for FSDP1.
+
+    For FSDP1 torch's helper refuses every state that is not shaped like the flat
+    pieces; for other layouts the two give the same keys and values. Save it with
+    ``torch.distributed.checkpoint``. To load, make one, ``dcp.load`` into it and pass
+    it to ``optimizer.load_state_dict``. Creates missing states. A collective.
+
+    Args:
+        optimizer: Made of named parameters, as ``param_groups`` gives them.
+
+    Returns:
+        ``state`` by parameter name and ``param_groups``.
+
+    Raises:
+        ValueError: If the parameters have no names.
+    """
+    if any("param_names" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            "named_state_dict: the optimizer's parameters have no names; make it of "
+            "param_groups(model) or model.named_parameters()"
+        )
+    optimizer.state_bytes()
+    saved = optimizer.state_dict()
+    names: dict[int, str] = {}
+    groups = []
+    for group in saved["param_groups"]:
+        names |= dict(zip(group["params"], group["param_names"]))
+        groups.append({**group, "params": group["param_names"]})
+    return {
+        "state": {names[i]: state for i, state in saved["state"].items()},
+        "param_groups": groups,
+    }
