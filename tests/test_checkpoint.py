@@ -243,11 +243,12 @@ def from_full_state(rank, path):
     return whole_weights(model, CASES)
 
 
+@pytest.mark.multiprocess
 def test_a_full_state_dict_survives_torch_save_and_goes_on_elsewhere(tmp_path):
     path = str(tmp_path / "full.pt")
     run_threads(2, full_state, path)
     want = uninterrupted()
-    for weights in run_threads(3, from_full_state, path):
+    for weights in run_processes(3, from_full_state, path):
         for case, a, b in zip(CASES, weights, want):
             assert_equal(a, b, case.name)
 
