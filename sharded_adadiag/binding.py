@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_adadiag.algorithm.state import Method
+from sharded_adadiag.checkpoint.flat import FlatStates
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.engine import Engine, Entry
-from sharded_adadiag.integrations.parameters import Holding, find_group, local
-from sharded_adadiag.plan.geometry import Layout
-from sharded_adadiag.planning import Facts
-from sharded_adadiag.publication import is_trained, names, publish, raise_on_mismatch
+from sharded_adadiag.exclusion import Exclusion
+from sharded_adadiag.integrations import zero
+from sharded_adadiag.integrations.parameters import Piece, find_group, piece
+from sharded_adadiag.publication import is_trained, publish, raise_on_mismatch
+
+
+class _Found(NamedTuple):
+    """A tensor of a group: a parameter, or the flat one that DeepSpeed made of many."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    rotate: bool
+    flat: bool
 
 
 class Binding:
@@ -28,6 +38,7 @@ class Binding:
         method: Its method.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         process_group: What the user passed, or None.
+        exclusion: Which parameters are not rotated because of their names.
     """
 
     def __init__(
@@ -36,101 +47,165 @@ class Binding:
         method: Method,
         distribution: str,
         process_group: Any,
+        exclusion: Exclusion,
     ) -> None:
         self.optimizer = optimizer
         self.method = method
         self.distribution = distribution
         self.process_group = process_group
+        self.exclusion = exclusion
+        self.originals = zero.Originals()
         self.forget()
 
     def forget(self) -> None:
         """Drop the plan; the states stay where they are, in the optimizer."""
         self._engine: Engine | None = None
-        self._planned: dict[Tensor, Entry] = {}
+        self._planned: dict[Tensor, list[Entry]] = {}
+        self.flats = FlatStates(self.optimizer)
 
     @property
     def skipped_steps(self) -> int:
         """Steps that the engine skipped for a non-finite gradient."""
         return 0 if self._engine is None else self._engine.agreement.skipped_steps
 
-    def prepared(self) -> Engine:
+    def prepared(self, *, together: bool = True) -> Engine:
         """Plan what is new, which is a collective if anything is.
+
+        Args:
+            together: Share out all that is new at once; else flat tensor by flat
+                tensor, as the steps of DeepSpeed will come.
 
         Returns:
             The engine, with a plan and states for every parameter that is trained.
 
         Raises:
             ValueError: On every rank, if the ranks' parameters do not match.
+            RuntimeError: If DeepSpeed has not handed over any parameter yet.
         """
-        groups = self.optimizer.param_groups
-        params = [p for group in groups for p in group["params"]]
-        if self._engine is None:
-            comm = communicator(find_group(params, self.process_group))
-            self._engine = Engine(self.method, comm, self.distribution)
-        if all(p in self._planned for p in params if is_trained(p)):
-            return self._engine
-        new: list[tuple[str, Tensor, dict[str, Any]]] = [
-            (name, param, group)
-            for group in groups
-            for name, param in zip(names(groups, group), group["params"])
-            if is_trained(param) and param not in self._planned
-        ]
-        published = self._engine.comm.all_gather_object(publish(new))
-        raise_on_mismatch(published)
-        holdings = [[h.region for _, h in described] for _, described in published]
-        layouts = list(zip(*holdings))
-        facts, own = zip(*published[self._engine.comm.rank][1])
-        entries = [
-            self._entry(fact, mine, layout, param, group)
-            for fact, mine, layout, (_, param, group) in zip(facts, own, layouts, new)
-        ]
-        self._engine.extend(entries, holdings)
-        self._planned.update(zip((param for _, param, _ in new), entries))
-        self._engine.allocate()
-        return self._engine
+        engine, groups = self._engine, self.optimizer.param_groups
+        current = [p for group in groups for p in group["params"]]
+        missing = any(p not in self._planned for p in current if is_trained(p))
+        if engine is None or missing:
+            found = self._found()
+            engine = engine or self._start(found)
+            new = [f for f in found if f.param not in self._planned]
+            for batch in [new] if together else [[f] for f in new]:
+                self._plan(engine, batch)
+            engine.allocate()
+        self.flats.absorb(engine)
+        return engine
 
     def save_state(self) -> dict[Tensor, dict[str, Any]]:
-        """The logical state of every parameter; a collective."""
+        """The saved form of the state of every tensor in the groups; a collective."""
         engine = self.prepared()
-        params = {id(entry): param for param, entry in self._planned.items()}
+        if self.flats:
+            return self.flats.save(engine)
+        params = {
+            id(entry): param
+            for param, entries in self._planned.items()
+            for entry in entries
+        }
         return {
             params[id(engine.entries[i])]: state
             for i, state in engine.save_state().items()
         }
 
     def load_state(self, saved: dict[int, dict[str, Any]]) -> None:
-        """Put a logical state where the plan wants it; a collective.
+        """Put a saved state where the plan wants it; a collective.
 
         Args:
-            saved: By position of the parameter in the optimizer.
+            saved: By position of the tensor in the groups.
         """
-        engine = self.prepared()
+        engine = self.prepared(together=False)
         groups = self.optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
+        known = {p: saved[i] for i, p in enumerate(params) if i in saved}
+        if self.flats:
+            self.flats.load(engine, known)
+            return
         place = {id(entry): i for i, entry in enumerate(engine.entries)}
         engine.load_state({
-            place[id(self._planned[param])]: saved[i]
-            for i, param in enumerate(params)
-            if i in saved and param in self._planned
+            place[id(entry)]: state
+            for param, state in known.items()
+            for entry in self._planned.get(param, ())
         })
 
-    def _entry(
-        self,
-        facts: Facts,
-        mine: Holding,
-        layout: Layout,
-        param: Tensor,
-        group: dict[str, Any],
-    ) -> Entry:
-        return Entry(
-            facts=facts,
-            layout=layout,
-            region=mine.region,
-            find_param=lambda: local(param),
-            grad=lambda: None if param.grad is None else local(param.grad),
-            state=lambda: self.optimizer.state[param],
-            group=group,
-            zeros_like=lambda dtype: torch.zeros_like(
-                param, dtype=dtype, memory_format=torch.preserve_format
-            ).detach(),
-        )
+    def _found(self) -> list[_Found]:
+        """Every tensor in the groups that is trained."""
+        found = []
+        for group in self.optimizer.param_groups:
+            named = self.originals.named(group)
+            current = group["params"]
+            if len(current) != len(named):
+                # DeepSpeed keeps trained parameters only, whole or in flat tensors.
+                named = [(n, p, known) for n, p, known in named if p.requires_grad]
+            for i, param in enumerate(current):
+                flat = self.originals.is_flat(param, group)
+                name, usual = ("", False) if flat else (named[i][0], named[i][2])
+                rotate = self.exclusion.rotates(name, by_usual_names=usual)
+                if is_trained(param):
+                    found.append(_Found(name, param, group, rotate, flat))
+        return found
+
+    def _start(self, found: list[_Found]) -> Engine:
+        """An engine over the ranks that hold the parameters between them."""
+        if not found and any(p.requires_grad for p in self.originals.all()):
+            raise RuntimeError(
+                "DeepSpeed hands its parameters to the optimizer when it steps; make a "
+                "step first"
+            )
+        groups = [self.originals.process_group(f.group) for f in found if f.flat]
+        if any(group is not groups[0] for group in groups):
+            raise NotImplementedError(
+                "the param groups are divided among different ranks (experts of their "
+                "own); give each such group an optimizer of its own"
+            )
+        everything = [f.param for f in found]
+        group = groups[0] if groups else find_group(everything, self.process_group)
+        self._engine = Engine(self.method, communicator(group), self.distribution)
+        return self._engine
+
+    def _plan(self, engine: Engine, new: list[_Found]) -> None:
+        """Tell the other ranks of new parameters and plan them."""
+        parts: dict[Tensor, list[zero.Slice]] = {}
+        counts: list[int] = []
+
+        def find() -> list[Piece]:
+            self.exclusion.check(self.originals.names())
+            pieces: list[Piece] = []
+            for found in new:
+                some = self._pieces(found, parts)
+                counts.append(len(some))
+                pieces.extend(some)
+            return pieces
+
+        pieces, mine = publish(find)
+        published = engine.comm.all_gather_object(mine)
+        raise_on_mismatch(published)
+        holdings = [[h.region for _, h in described] for _, described in published]
+        facts = [fact for fact, _ in mine[1]]
+        entries = [
+            Entry(fact, layout, piece)
+            for fact, layout, piece in zip(facts, zip(*holdings), pieces)
+        ]
+        first = len(engine.entries)
+        engine.extend(entries, holdings)
+        for found, count in zip(new, counts):
+            last = first + count
+            self._planned[found.param] = engine.entries[first:last]
+            if found.flat:
+                self.flats.add(found.param, parts[found.param], range(first, last))
+            first = last
+
+    def _pieces(
+        self, found: _Found, parts: dict[Tensor, list[zero.Slice]]
+    ) -> list[Piece]:
+        name, param, group, rotate, flat = found
+        if not flat:
+            return [piece(param, name, group, self.optimizer, rotate=rotate)]
+        parts[param] = zero.slices(self.originals, param, group)
+        rotates = {
+            name: self.exclusion.rotates(name, by_usual_names=known)
+            for name, _, known in self.originals.named(group)
+        }
+        return zero.pieces(parts[param], param, group, self.optimizer, rotates)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from sharded_adadiag.buckets import Bucket, make_buckets
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.config import Options
-from sharded_adadiag.integrations.parameters import local
+from sharded_adadiag.integrations.parameters import Piece, local
 from sharded_adadiag.plain import plain_update
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.geometry import Layout, Region
@@ -45,27 +45,35 @@ class Entry:
     Attributes:
         facts: What is the same on every rank.
         layout: What each rank holds of its matrix view.
-        region: What this rank holds of it.
-        find_param: Gives the local tensor with those entries, wherever it is now.
-        grad: Gives the local gradient, or None.
-        state: ``optimizer.state`` of the parameter.
-        group: Its param group.
-        zeros_like: Makes a state tensor in the parameter's own layout.
+        piece: What this rank holds: region, tensor, gradient, states, group.
     """
 
     facts: Facts
     layout: Layout
-    region: Region
-    find_param: Callable[[], Tensor]
-    grad: Callable[[], Tensor | None]
-    state: Callable[[], dict[str, Any]]
-    group: dict[str, Any]
-    zeros_like: Callable[[torch.dtype], Tensor]
+    piece: Piece
+
+    @property
+    def region(self) -> Region:
+        """What this rank holds of the matrix view."""
+        return self.piece.holding.region
 
     @property
     def param(self) -> Tensor:
         """The local tensor with the entries of ``region``."""
-        return self.find_param()
+        return self.piece.find_param()
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """Its param group."""
+        return self.piece.group
+
+    def grad(self) -> Tensor | None:
+        """The local gradient, or None."""
+        return self.piece.grad()
+
+    def state(self) -> dict[str, Any]:
+        """Its states."""
+        return self.piece.state()
 
 
 class Engine:
@@ -87,6 +95,7 @@ class Engine:
         self.buckets: list[Bucket] = []
         self.agreement = Agreement(self)
         self._blocks = BlockUpdates(self)
+        self.overdue: set[int] = set()  # matrices whose basis is not of their moments
         self._warned: set[tuple[str, str]] = set()
         self._batches: dict[tuple[int, ...], list[list[MatrixPlan]]] = {}
         self._computing = 0
@@ -104,6 +113,7 @@ class Engine:
             method=self.method,
             distribution=self.distribution,
             first_index=len(self.entries),
+            planned=self.matrices,
         )
         self.entries.extend(entries)
         self.matrices.extend(matrices)
@@ -135,16 +145,14 @@ class Engine:
                         f"{tuple(state[key].shape)}, expected {shape}; a pickled "
                         "optimizer continues on one process only"
                     )
-        self.agreement.started = any(
-            float(entry.state()["step"]) > 0 for entry in self.entries if entry.state()
-        )
+        self.mark_started()
 
     def _allocate_plain(self, entry: Entry, state: dict[str, Any]) -> None:
         options = entry.facts.options
         dtype = options.state_dtype or entry.facts.dtype
         for key in plain_moments(self.method, options):
             if key not in state:
-                state[key] = entry.zeros_like(dtype)
+                state[key] = entry.piece.zeros_like(dtype)
             elif tuple(state[key].shape) != entry.facts.shape:
                 raise ValueError(
                     f"{entry.facts.name}: loaded state {key!r} has shape "
@@ -166,7 +174,13 @@ class Engine:
             saved: By position of the parameter.
         """
         SavedState(self).load(saved)
-        self.agreement.started = any(float(e.state()["step"]) > 0 for e in self.entries)
+        self.mark_started()
+
+    def mark_started(self) -> None:
+        """See from the step counts whether a real step has been made."""
+        self.agreement.started = any(
+            float(entry.state()["step"]) > 0 for entry in self.entries if entry.state()
+        )
 
     def step(self) -> None:
         """One step of every parameter that has a gradient on any rank.
@@ -195,6 +209,7 @@ class Engine:
             for matrix, piece in zip(bucket.matrices, updates):
                 if present[matrix.index]:
                     self._apply(self.entries[matrix.index], piece, options)
+                    self.overdue.discard(matrix.index)
         others = [i for i, has in enumerate(present) if has and i not in matrices]
         plain_update(self.method, [self.entries[i] for i in others], options)
 
@@ -242,7 +257,9 @@ class Engine:
             return False
         since_first = self.time_of(matrix) - 1
         period = self.options_of(matrix, options).refresh_every
-        return since_first == 0 or (period is not None and since_first % period == 0)
+        if since_first == 0 or matrix.index in self.overdue:
+            return True
+        return period is not None and since_first % period == 0
 
     def warn_once(self, matrix: MatrixPlan, fallback: str) -> None:
         """Say that a decomposition fell back, once for each matrix and fallback."""

@@ -15,11 +15,13 @@ from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Metho
 from sharded_adadiag.binding import Binding
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.config import DISTRIBUTIONS, OPTION_NAMES, Options
+from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations.callers import (
     refuse_in_backward,
     refuse_local_scaler,
 )
 from sharded_adadiag.integrations.parameters import local
+from sharded_adadiag.integrations.registration import admit_to_zero
 from sharded_adadiag.publication import check_parameter, match_saved, names
 from sharded_adadiag.report import Report
 
@@ -75,6 +77,9 @@ class RotatedOptimizer(Optimizer):
         process_group: The ranks that hold replicas of plain parameters (DDP) and
             shall share the work and the state. DTensors need none: their mesh tells.
         maximize: Ascend instead of descend.
+        exclude: Name patterns (``fnmatch`` style) of parameters that are not rotated.
+            Parameters that DeepSpeed named, because a config file did not, are told
+            by name throughout: embeddings and output heads are not rotated either.
         **own: Options of the one optimizer that has them.
 
     Raises:
@@ -106,9 +111,11 @@ class RotatedOptimizer(Optimizer):
         distribution: Literal["auto", "owner", "broadcast"] = "auto",
         process_group: Any = None,
         maximize: bool = False,
+        exclude: str | Iterable[str] = (),
         **own: Any,
     ) -> None:
         arguments = locals()
+        admit_to_zero(type(self))
         unknown = set(own) - set(self.method.options)
         if unknown:
             raise TypeError(f"{self.method.name} has no option {min(unknown)!r}")
@@ -121,7 +128,9 @@ class RotatedOptimizer(Optimizer):
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
         Options.from_group(defaults)
-        self._binding = Binding(self, self.method, distribution, process_group)
+        self._binding = Binding(
+            self, self.method, distribution, process_group, Exclusion(exclude)
+        )
         self._loading: dict[int, dict[str, Any]] | None = None
         super().__init__(params, defaults)
 
@@ -164,6 +173,7 @@ class RotatedOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._binding.originals.note(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -286,15 +296,24 @@ class RotatedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled, and the plan is made anew.
-        binding = {"_distribution": self._binding.distribution}
+        binding = {
+            "_distribution": self._binding.distribution,
+            "_exclude": self._binding.exclusion.patterns,
+        }
         return {**super().__getstate__(), **binding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        distribution = state.pop("_distribution", None)
+        state = dict(state)
+        distribution = state.pop("_distribution", "")
+        patterns = Exclusion(state.pop("_exclude", ()))
+        old = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         self.__dict__.setdefault("_loading", None)
         if "_binding" not in self.__dict__:  # unpickled or copied
-            self._binding = Binding(self, self.method, distribution, None)
+            self._binding = Binding(self, self.method, distribution, None, patterns)
+            for group in self.param_groups:
+                self._binding.originals.note(group)
+        self._binding.originals.follow(old, self.param_groups)
         self._binding.forget()
         for group in self.param_groups:
             for key, value in {**self.defaults, "rotate": True}.items():

@@ -120,6 +120,7 @@ def plan_matrices(
     method: Method,
     distribution: str,
     first_index: int = 0,
+    planned: Sequence[MatrixPlan] = (),
 ) -> list[MatrixPlan]:
     """Plan every parameter that must be seen as a whole matrix.
 
@@ -129,6 +130,7 @@ def plan_matrices(
         method: The optimizer.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         first_index: Position of the first parameter in the optimizer.
+        planned: The plans made before, which weigh on their owners.
 
     Returns:
         The plans, equal on every rank.
@@ -141,7 +143,10 @@ def plan_matrices(
             drafts.append(_Draft.of(first_index + i, fact, layout, method))
     everyone = range(world_size)
     owners = assign_owners(
-        [d.cost for d in drafts], [everyone] * len(drafts), world_size
+        [d.cost for d in drafts],
+        [everyone] * len(drafts),
+        world_size,
+        [(plan.route.owner, plan.cost) for plan in planned],
     )
     candidates = [d.candidate(owner) for d, owner in zip(drafts, owners)]
     kinds = choose(candidates, world_size) if distribution == "auto" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sharded_adadiag.algorithm.state import Method
 from sharded_adadiag.config import Options
-from sharded_adadiag.integrations.parameters import Holding, holding
+from sharded_adadiag.integrations.parameters import Holding, Piece
 from sharded_adadiag.planning import Facts
 
 
@@ -89,28 +90,29 @@ def check_parameter(name: str, param: Tensor, method: Method) -> None:
 Published = tuple[str, list[tuple[Facts, Holding]]]
 
 
-def publish(new: list[tuple[str, Tensor, dict[str, Any]]]) -> Published:
-    """What this rank tells the others.
+def publish(find: Callable[[], list[Piece]]) -> tuple[list[Piece], Published]:
+    """This rank's new parameters, and what it tells the others of them.
 
     Args:
-        new: Name, parameter and group of the parameters.
+        find: Gives the pieces.
 
     Returns:
-        An error that keeps this rank from describing them, or "" and the description.
+        The pieces and, for the others, an error that keeps this rank from describing
+        them (or "") and the description.
     """
-    described = []
     try:
-        for name, param, group in new:
-            mine = holding(param, name)
+        pieces = find()
+        described = []
+        for piece in pieces:
+            options = Options.from_group(piece.group)
             # The learning rate is no part of the plan, and may be a tensor.
-            options = dataclasses.replace(Options.from_group(group), lr=0.0)
-            described.append((
-                Facts(name, mine.shape, param.dtype, options),
-                mine,
-            ))
+            rotate = options.rotate and piece.rotate
+            options = dataclasses.replace(options, lr=0.0, rotate=rotate)
+            facts = Facts(piece.name, piece.holding.shape, piece.dtype, options)
+            described.append((facts, piece.holding))
     except (NotImplementedError, ValueError) as error:
-        return str(error), []
-    return "", described
+        return [], (str(error), [])
+    return pieces, ("", described)
 
 
 def raise_on_mismatch(published: list[Published]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -76,7 +77,58 @@ class SavedState:
             live = local(self.engine.entries[i].state()[tensor.key])
             live.copy_(piece.view(live.shape))
 
-    def _accepted(self, i: int, values: dict[str, Any]) -> list[StateTensor]:
+    def save_pieces(self) -> dict[int, dict[str, torch.Tensor]]:
+        """This rank's part of every state; a collective.
+
+        Returns:
+            By position of the parameter: tensors of the parameter's shape in the
+            parameter's own regions, others in even shares of their rows.
+        """
+        tensors = [
+            (i, self._in_place(i, tensor))
+            for i in range(len(self.engine.entries))
+            for tensor in self._tensors(i)
+        ]
+        live = [local(self.engine.entries[i].state()[t.key]) for i, t in tensors]
+        pieces = self.logical.save_pieces([t for _, t in tensors], live)
+        saved: dict[int, dict[str, torch.Tensor]] = {}
+        for (i, tensor), piece in zip(tensors, pieces):
+            saved.setdefault(i, {})[tensor.key] = piece
+        return saved
+
+    def load_pieces(
+        self, saved: dict[int, dict[str, torch.Tensor]], *, bases: str = "saved"
+    ) -> None:
+        """Take over what `save_pieces` gave; a collective.
+
+        Args:
+            saved: By position of the parameter; ``step`` too.
+            bases: ``"due"`` if the caller has seen to missing rotations.
+        """
+        wanted: list[tuple[int, StateTensor]] = []
+        for i, values in saved.items():
+            accepted = self._accepted(i, values, bases=bases)
+            wanted.extend((i, self._in_place(i, tensor)) for tensor in accepted)
+            if accepted and "step" in values:
+                self.engine.entries[i].state()["step"].fill_(float(values["step"]))
+        pieces = self.logical.load_pieces(
+            [t for _, t in wanted], [saved[i][t.key] for i, t in wanted]
+        )
+        for (i, tensor), piece in zip(wanted, pieces):
+            live = local(self.engine.entries[i].state()[tensor.key])
+            live.copy_(piece.view(live.shape))
+
+    def _in_place(self, i: int, tensor: StateTensor) -> StateTensor:
+        """With the parameter's own regions for its saved form, if it has its shape."""
+        entry = self.engine.entries[i]
+        if tensor.shape != entry.facts.shape:
+            return tensor
+        layout = entry.layout if i in self.matrices else tensor.layout
+        return dataclasses.replace(tensor, saved=layout)
+
+    def _accepted(
+        self, i: int, values: dict[str, Any], *, bases: str = "saved"
+    ) -> list[StateTensor]:
         """What can be kept of a parameter's loaded state; says what cannot."""
         tensors = list(self._tensors(i))
         missing = sorted(t.key for t in tensors if t.key not in values)
@@ -87,7 +139,7 @@ class SavedState:
         if any(not key.startswith("rotation") for key in missing):
             _warn(f"{name}: the loaded state has no {', '.join(missing)}; starts anew")
             return []
-        if missing:
+        if missing and bases == "saved":
             _warn(
                 f"{name}: the loaded state has no {', '.join(missing)}; its moments "
                 "are taken to be unrotated until the next basis"

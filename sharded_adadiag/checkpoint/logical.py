@@ -31,6 +31,8 @@ class StateTensor:
         cols: Of that view.
         layout: The region of each rank.
         dtype: Of the tensor.
+        saved: The region of each rank in the saved form; None is an even share of
+            the rows.
     """
 
     name: str
@@ -40,6 +42,7 @@ class StateTensor:
     cols: int
     layout: Layout
     dtype: torch.dtype
+    saved: Layout | None = None
 
     @property
     def nbytes(self) -> int:
@@ -74,15 +77,51 @@ class LogicalState:
             DTensors sharded by rows, or plain full tensors on a single process. As in
             torch, they may share memory with the states.
         """
+        pieces = self.save_pieces(tensors, local)
+        return [self._wrap(tensor, rows) for tensor, rows in zip(tensors, pieces)]
+
+    def save_pieces(
+        self, tensors: Sequence[StateTensor], local: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """This rank's part of the saved form; a collective.
+
+        Args:
+            tensors: What they are.
+            local: This rank's entries of each, in the shape of its region.
+
+        Returns:
+            Tensors in the shape of this rank's region of the saved form.
+        """
         saved: list[Tensor] = []
         for some in _chunks(tensors):
             pieces = [
                 local[i].reshape(tensors[i].layout[self.comm.rank].shape) for i in some
             ]
-            moved = self._move([tensors[i] for i in some], pieces, back=False)
-            for i, rows in zip(some, moved):
-                saved.append(self._wrap(tensors[i], rows))
+            saved.extend(self._move([tensors[i] for i in some], pieces, back=False))
         return saved
+
+    def load_pieces(
+        self, tensors: Sequence[StateTensor], saved: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The way back from `save_pieces`; a collective.
+
+        Args:
+            tensors: What is wanted, with the layout wanted.
+            saved: This rank's part of the saved form of each.
+
+        Returns:
+            Tensors in the shape of this rank's regions, of the wanted dtype; one that
+            did not move may be the one given.
+        """
+        local: list[Tensor] = []
+        for some in _chunks(tensors):
+            pieces = []
+            for i in some:
+                region = self._saved(tensors[i])[self.comm.rank]
+                piece = saved[i].to(self.device, tensors[i].dtype)
+                pieces.append(piece.reshape(region.shape))
+            local.extend(self._move([tensors[i] for i in some], pieces, back=True))
+        return local
 
     def load(
         self, tensors: Sequence[StateTensor], saved: Sequence[Tensor]
@@ -123,12 +162,15 @@ class LogicalState:
         """Between the regions of the plan and row chunks."""
         hops = []
         for t in tensors:
-            ends = t.layout, row_chunks(t.rows, t.cols, self.comm.size)
+            ends = t.layout, self._saved(t)
             source, target = reversed(ends) if back else ends
             hops.append(Hop(t.cols, source, target, t.dtype.itemsize))
         plan = ExchangePlan(self.comm.size, tuple(hops))
         dtypes = [t.dtype for t in tensors]
         return self.exchange.run(plan, pieces, dtypes, dtypes, device=self.device)[0]
+
+    def _saved(self, tensor: StateTensor) -> Layout:
+        return tensor.saved or row_chunks(tensor.rows, tensor.cols, self.comm.size)
 
     def _wrap(self, tensor: StateTensor, rows: Tensor) -> Tensor:
         if self.comm.size == 1:

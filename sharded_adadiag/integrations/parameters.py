@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
 
 from sharded_adadiag.integrations.fsdp1 import remembered
 from sharded_adadiag.plan.geometry import Box, Region, full
@@ -38,6 +40,71 @@ class Holding:
     rows: int
     cols: int
     region: Region
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One parameter of an optimizer and this rank's part of it.
+
+    Attributes:
+        name: Of the parameter.
+        dtype: Of the tensor that is updated.
+        holding: Logical shape and region.
+        group: Its param group.
+        rotate: Whether it may be rotated.
+        find_param: Gives the local tensor with its entries, wherever it is now.
+        grad: Gives the local gradient, or None.
+        state: Gives the dict that holds its states.
+        zeros_like: Makes a state tensor in the parameter's own layout.
+    """
+
+    name: str
+    dtype: torch.dtype
+    holding: Holding
+    group: dict[str, Any]
+    rotate: bool
+    find_param: Callable[[], Tensor]
+    grad: Callable[[], Tensor | None]
+    state: Callable[[], dict[str, Any]]
+    zeros_like: Callable[[torch.dtype], Tensor]
+
+
+def piece(
+    param: Tensor,
+    name: str,
+    group: dict[str, Any],
+    optimizer: Optimizer,
+    *,
+    rotate: bool,
+) -> Piece:
+    """The piece that a parameter of any framework but DeepSpeed is.
+
+    Args:
+        param: A plain tensor, a DTensor or a parameter of FSDP1.
+        name: Its name.
+        group: Its param group.
+        optimizer: Which keeps its states.
+        rotate: Whether it may be rotated.
+
+    Returns:
+        The piece.
+
+    Raises:
+        NotImplementedError: For a layout that is not one box of the matrix view.
+    """
+    return Piece(
+        name=name,
+        dtype=param.dtype,
+        holding=holding(param, name),
+        group=group,
+        rotate=rotate,
+        find_param=lambda: local(param),
+        grad=lambda: None if param.grad is None else local(param.grad),
+        state=lambda: optimizer.state[param],
+        zeros_like=lambda dtype: torch.zeros_like(
+            param, dtype=dtype, memory_format=torch.preserve_format
+        ).detach(),
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

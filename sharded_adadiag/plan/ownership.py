@@ -12,7 +12,10 @@ Change = tuple[tuple[int, int], ...]
 
 
 def assign_owners(
-    costs: Sequence[MatrixCost], allowed: Sequence[Sequence[int]], world_size: int
+    costs: Sequence[MatrixCost],
+    allowed: Sequence[Sequence[int]],
+    world_size: int,
+    borne: Sequence[tuple[int, MatrixCost]] = (),
 ) -> list[int]:
     """An owner for each matrix, so that the most loaded rank has least to do.
 
@@ -25,11 +28,12 @@ def assign_owners(
         costs: Of each matrix.
         allowed: The ranks that may own each.
         world_size: Number of ranks.
+        borne: Owner and cost of the matrices that have an owner already.
 
     Returns:
         The owner of each matrix. Equal inputs give equal outputs.
     """
-    loads = _Loads(costs, world_size)
+    loads = _Loads(costs, world_size, borne)
     for i in sorted(range(len(costs)), key=lambda i: (-max(loads.weights[i]), i)):
         loads.apply((
             (i, min(allowed[i], key=lambda r: (loads.after(r, [(i, 1)]), r))),
@@ -51,11 +55,20 @@ def assign_owners(
 class _Loads:
     """Shares of work and of state bytes that each rank bears so far."""
 
-    def __init__(self, costs: Sequence[MatrixCost], world_size: int) -> None:
-        work = sum(c.per_step for c in costs) or 1.0
-        state = sum(c.state_bytes for c in costs) or 1.0
+    def __init__(
+        self,
+        costs: Sequence[MatrixCost],
+        world_size: int,
+        borne: Sequence[tuple[int, MatrixCost]],
+    ) -> None:
+        everything = [*costs, *(cost for _, cost in borne)]
+        work = sum(c.per_step for c in everything) or 1.0
+        state = sum(c.state_bytes for c in everything) or 1.0
         self.weights = [(c.per_step / work, c.state_bytes / state) for c in costs]
         self.shares = [[0.0, 0.0] for _ in range(world_size)]
+        for rank, cost in borne:
+            self.shares[rank][0] += cost.per_step / work
+            self.shares[rank][1] += cost.state_bytes / state
         self.owners = [-1] * len(costs)
 
     def of(self, rank: int) -> float:

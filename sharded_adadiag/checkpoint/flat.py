@@ -1,0 +1,124 @@
+"""States in the saved form of DeepSpeed: flat tensors, and what does not fit them.
+
+DeepSpeed saves ``optimizer.state`` rank by rank and knows 1-D tensors as long as the
+flat tensor they belong to. So moments of a parameter's shape are saved as the flat
+``exp_avg`` and ``exp_avg_sq``, which its universal checkpoints understand, and
+everything else (bases, factored moments, step counts) by parameter name in a dict
+beside them, which they leave alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sharded_adadiag.engine import Engine
+from sharded_adadiag.integrations.zero import STATE_KEY, Slice
+from sharded_adadiag.saved_state import SavedState
+
+FLAT_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+class FlatStates:
+    """The flat tensors of an optimizer, and the parameters that each holds.
+
+    Args:
+        optimizer: Which keeps their states.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._parts: dict[Tensor, list[tuple[Slice, int]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, flat: Tensor, slices: list[Slice], places: Sequence[int]) -> None:
+        """Note the parameters of a flat tensor and their positions in the engine."""
+        self._parts[flat] = list(zip(slices, places))
+
+    def save(self, engine: Engine) -> dict[Tensor, dict[str, Any]]:
+        """The saved form of the state of each flat tensor; a collective."""
+        pieces = SavedState(engine).save_pieces()
+        return {
+            flat: self._saved(flat, parts, engine, pieces)
+            for flat, parts in self._parts.items()
+        }
+
+    def load(self, engine: Engine, saved: dict[Tensor, dict[str, Any]]) -> None:
+        """Take over what `save` gave; a collective.
+
+        Args:
+            engine: With its states allocated.
+            saved: By flat tensor.
+        """
+        values: dict[int, dict[str, Tensor]] = {}
+        for flat, state in saved.items():
+            for part, i in self._parts.get(flat, ()):
+                own = state.get(STATE_KEY, {}).get(part.name, {})
+                fits = {key: part.of(state[key]) for key in FLAT_KEYS if key in state}
+                wanted = engine.entries[i].state()
+                values[i] = {k: v for k, v in fits.items() if k in wanted} | own
+        SavedState(engine).load_pieces(values)
+        engine.mark_started()
+
+    def absorb(self, engine: Engine) -> None:
+        """Take over flat states that a universal checkpoint has left; a collective.
+
+        Such a checkpoint has no bases. They are computed anew at the next step, as at
+        any refresh, and the moments are carried over.
+
+        Args:
+            engine: With its states allocated.
+        """
+        states = self.optimizer.state
+        left = [flat for flat in self._parts if FLAT_KEYS[0] in states[flat]]
+        values: dict[int, dict[str, Tensor]] = {}
+        rotated = {m.index for m in engine.matrices if m.rotated}
+        for flat in left:
+            state = states[flat]
+            for part, i in self._parts[flat]:
+                live = engine.entries[i].state()
+                fits = {k: part.of(state[k]) for k in FLAT_KEYS if k in live}
+                step = torch.as_tensor(float(state.get("step", 0)))
+                bases = {k: v for k, v in live.items() if k.startswith("rotation")}
+                values[i] = {**fits, "step": step}
+                if bases:
+                    engine.overdue.add(i)
+            for key in [key for key in state if key != STATE_KEY]:
+                del state[key]
+        if left:
+            SavedState(engine).load_pieces(values, bases="due")
+            engine.mark_started()
+            warnings.warn(
+                f"the universal checkpoint has no bases: those of "
+                f"{len(rotated & set(values))} matrices are computed at the next step",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _saved(
+        self,
+        flat: Tensor,
+        parts: list[tuple[Slice, int]],
+        engine: Engine,
+        pieces: dict[int, dict[str, Tensor]],
+    ) -> dict[str, Any]:
+        vectors = {key: torch.zeros_like(flat.detach()) for key in FLAT_KEYS}
+        rest: dict[str, dict[str, Tensor]] = {}
+        steps = [torch.tensor(0.0)]
+        for part, i in parts:
+            steps.append(engine.entries[i].state()["step"])
+            own = rest[part.name] = {"step": steps[-1]}
+            for key, value in pieces.get(i, {}).items():
+                narrow = value.dtype.itemsize <= flat.dtype.itemsize
+                if key in vectors and narrow:
+                    part.of(vectors[key]).copy_(value.reshape(-1))
+                else:
+                    own[key] = value
+        return {"step": max(steps, key=float).clone(), **vectors, STATE_KEY: rest}
