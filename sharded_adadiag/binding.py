@@ -68,12 +68,13 @@ class Binding:
         """Steps that the engine skipped for a non-finite gradient."""
         return 0 if self._engine is None else self._engine.agreement.skipped_steps
 
-    def prepared(self, *, together: bool = True) -> Engine:
+    def prepared(self, *, together: bool = False) -> Engine:
         """Plan what is new, which is a collective if anything is.
 
         Args:
-            together: Share out all that is new at once; else flat tensor by flat
-                tensor, as the steps of DeepSpeed will come.
+            together: This is a step, so what is new will always come together.
+                Otherwise DeepSpeed may step with one flat tensor at a time, and
+                they are planned one by one.
 
         Returns:
             The engine, with a plan and states for every parameter that is trained.
@@ -89,9 +90,12 @@ class Binding:
             found = self._found()
             engine = engine or self._start(found)
             new = [f for f in found if f.param not in self._planned]
-            for batch in [new] if together else [[f] for f in new]:
+            one_by_one = not together and any(f.flat for f in new)
+            for batch in [[f] for f in new] if one_by_one else [new]:
                 self._plan(engine, batch)
             engine.allocate()
+        if together:
+            self.flats.verify(engine.comm)
         self.flats.absorb(engine)
         return engine
 
@@ -116,7 +120,7 @@ class Binding:
         Args:
             saved: By position of the tensor in the groups.
         """
-        engine = self.prepared(together=False)
+        engine = self.prepared()
         groups = self.optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
         known = {p: saved[i] for i, p in enumerate(params) if i in saved}

@@ -17,6 +17,7 @@ Basis = Literal["svd", "eigh"]
 Nonfinite = Literal["raise", "skip", "ignore"]
 Distribution = Literal["auto", "owner", "broadcast"]
 
+DTYPE_OPTIONS = frozenset({"state_dtype", "rotation_dtype"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 
 
@@ -46,8 +47,8 @@ class Options:
         nonfinite: On NaN or Inf in a gradient: ``"raise"`` on every rank,
             ``"skip"`` the step on every rank, or ``"ignore"`` (no check and no
             agreement between ranks).
-        state_dtype: Dtype of the moments; None is the parameter's.
-        rotation_dtype: Dtype of the rotations; None is the moments'.
+        state_dtype: Dtype of the moments, or its name; None is the parameter's.
+        rotation_dtype: Dtype of the rotations, or its name; None is the moments'.
         maximize: Ascend instead of descend.
         rotate: Whether the group's matrices are rotated at all.
         momentum: AdafacDiag only: keep a first moment.
@@ -84,6 +85,13 @@ class Options:
     def from_group(cls, group: Mapping[str, Any]) -> Options:
         """The options of a param group; its other keys are ignored."""
         return cls(**{k: group[k] for k in OPTION_NAMES if k in group})
+
+
+def as_dtype(value: Any) -> Any:
+    """A dtype by its name in torch, as a config file gives it; else the value itself."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else value
 
 
 def _is_number(value: object, low: float, *, strict: bool = False) -> bool:

@@ -153,10 +153,11 @@ class Engine:
         for key in plain_moments(self.method, options):
             if key not in state:
                 state[key] = entry.piece.zeros_like(dtype)
-            elif tuple(state[key].shape) != entry.facts.shape:
+            elif local(state[key]).shape != entry.param.shape:
                 raise ValueError(
                     f"{entry.facts.name}: loaded state {key!r} has shape "
-                    f"{tuple(state[key].shape)}, expected {entry.facts.shape}"
+                    f"{tuple(local(state[key]).shape)}, expected "
+                    f"{tuple(entry.param.shape)}"
                 )
 
     def save_state(self) -> dict[int, dict[str, Any]]:

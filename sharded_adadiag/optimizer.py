@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Method
 from sharded_adadiag.binding import Binding
 from sharded_adadiag.comm.collectives import communicator
-from sharded_adadiag.config import DISTRIBUTIONS, OPTION_NAMES, Options
+from sharded_adadiag.config import (
+    DISTRIBUTIONS,
+    DTYPE_OPTIONS,
+    OPTION_NAMES,
+    Options,
+    as_dtype,
+)
 from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations.callers import (
     refuse_in_backward,
@@ -127,6 +133,8 @@ class RotatedOptimizer(Optimizer):
         communicator(process_group)  # a wrong group is an error now, not later
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
+        for name in DTYPE_OPTIONS:
+            defaults[name] = as_dtype(defaults[name])
         Options.from_group(defaults)
         self._binding = Binding(
             self, self.method, distribution, process_group, Exclusion(exclude)
@@ -164,6 +172,8 @@ class RotatedOptimizer(Optimizer):
                 )
             param_group.setdefault("rotate", True)
             param_group["format_version"] = FORMAT_VERSION
+            for name in DTYPE_OPTIONS & set(param_group):
+                param_group[name] = as_dtype(param_group[name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -206,7 +216,7 @@ class RotatedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._binding.prepared().step()
+        self._binding.prepared(together=True).step()
         return loss
 
     @torch.no_grad()

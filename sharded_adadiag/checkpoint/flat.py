@@ -10,14 +10,16 @@ beside them, which they leave alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_adadiag.engine import Engine
+from sharded_adadiag.comm.collectives import Communicator
+from sharded_adadiag.engine import Engine, Entry
+from sharded_adadiag.integrations import zero
 from sharded_adadiag.integrations.zero import STATE_KEY, Slice
 from sharded_adadiag.saved_state import SavedState
 
@@ -34,6 +36,7 @@ class FlatStates:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._parts: dict[Tensor, list[tuple[Slice, int]]] = {}
+        self._unverified: list[Tensor] = []
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -41,6 +44,36 @@ class FlatStates:
     def add(self, flat: Tensor, slices: list[Slice], places: Sequence[int]) -> None:
         """Note the parameters of a flat tensor and their positions in the engine."""
         self._parts[flat] = list(zip(slices, places))
+        self._unverified.append(flat)
+
+    def verify(self, comm: Communicator) -> None:
+        """Make sure, before the first step, that weights are where the map says.
+
+        Not earlier: while a checkpoint is loaded the model's weights are ahead of
+        DeepSpeed's own. A collective if there are new flat tensors.
+
+        Args:
+            comm: The ranks.
+
+        Raises:
+            ValueError: On every rank, naming the parameter.
+        """
+        if not self._unverified:
+            return
+        problems = [
+            zero.misplaced([part for part, _ in self._parts[flat]], flat)
+            for flat in self._unverified
+        ]
+        for rank, found in enumerate(comm.all_gather_object(problems)):
+            for problem in filter(None, found):
+                raise ValueError(f"rank {rank}: {problem}")
+        self._unverified = []
+
+    def stored(self, engine: Engine) -> Iterator[tuple[Tensor, Entry]]:
+        """The model's copy of each parameter's entries, and the parameter."""
+        for parts in self._parts.values():
+            for part, i in parts:
+                yield part.stored, engine.entries[i]
 
     def save(self, engine: Engine) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of each flat tensor; a collective."""

@@ -149,7 +149,6 @@ def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Sl
 
     Raises:
         NotImplementedError: For settings of DeepSpeed that cannot work.
-        ValueError: If what was found is not what the model holds.
     """
     _refuse_settings(flat)
     named = originals.named(group)
@@ -157,15 +156,27 @@ def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Sl
         found = _cut_alone(flat, named)
     else:
         found = _laid_end_to_end(flat, named)
-    for piece in found:
-        held = piece.of(flat)
-        if not torch.equal(held.to(piece.stored), piece.stored):
-            raise ValueError(
-                f"{piece.name}: DeepSpeed's master weights are not where they are "
-                "expected (or the model's weights were changed after "
-                "deepspeed.initialize: change them before it)"
-            )
     return found
+
+
+def misplaced(found: list[Slice], flat: Tensor) -> str:
+    """Compare what a flat tensor holds with the model's weights.
+
+    Args:
+        found: Its slices.
+        flat: The tensor.
+
+    Returns:
+        What is wrong; empty if nothing is.
+    """
+    for part in found:
+        if not torch.equal(part.of(flat).to(part.stored), part.stored):
+            return (
+                f"{part.name}: DeepSpeed's master weights are not where they are "
+                "expected, or the model's weights were changed after "
+                "deepspeed.initialize (change them before it)"
+            )
+    return ""
 
 
 def _laid_end_to_end(

@@ -1,0 +1,168 @@
+"""Checkpoints that leave DeepSpeed: by parameter name, in full logical tensors.
+
+A run under any ZeRO stage goes on under FSDP, DDP or one process, and back, on any
+number of ranks: weights and states travel as DTensors sharded by rows, which
+``torch.distributed.checkpoint`` writes once and reads anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.algorithm.matrixize import matrix_shape
+from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
+from sharded_adadiag.engine import Engine, Entry
+from sharded_adadiag.optimizer import RotatedOptimizer
+
+
+@torch.no_grad()
+def portable_state_dict(engine: Any) -> dict[str, Any]:
+    """The run of a DeepSpeed engine, for ``torch.distributed.checkpoint.save``.
+
+    Weights are DeepSpeed's float32 master weights. The same keys come from
+    ``get_model_state_dict`` and ``get_optimizer_state_dict`` of torch for a model under
+    FSDP2 and an optimizer made of ``param_groups(model)``. A collective.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned, at ZeRO stage 1, 2 or 3.
+
+    Returns:
+        ``model`` and ``optimizer``.
+
+    Raises:
+        TypeError: If its optimizer is not one of this package.
+        ValueError: At stage 0, where torch's own functions do.
+    """
+    with _flats_at_hand(engine) as (optimizer, plan):
+        logical = LogicalState(plan.comm, plan.device)
+        tensors = [_weight(entry) for entry in plan.entries]
+        weights = logical.save(tensors, [entry.param for entry in plan.entries])
+        model = dict(zip((t.name for t in tensors), weights))
+        model |= _untrained(engine.module, model)
+        states = plan.save_state()
+        groups = _groups(optimizer, plan)
+    names = [entry.facts.name for entry in plan.entries]
+    return {
+        "model": model,
+        "optimizer": {
+            "state": {names[i]: state for i, state in states.items()},
+            "param_groups": groups,
+        },
+    }
+
+
+@torch.no_grad()
+def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None:
+    """Continue in a DeepSpeed engine what `portable_state_dict` or torch saved.
+
+    Learning rate and the other options stay those of the engine. Load into what
+    `portable_state_dict` gives with ``torch.distributed.checkpoint.load``, then pass
+    it here. A collective.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned, at ZeRO stage 1, 2 or 3.
+        state_dict: ``model`` and ``optimizer``.
+
+    Raises:
+        TypeError: If the engine's optimizer is not one of this package.
+        ValueError: For a missing weight or a wrong shape, naming the parameter.
+    """
+    with _flats_at_hand(engine) as (_, plan):
+        weights, states = state_dict["model"], state_dict["optimizer"]["state"]
+        names = [entry.facts.name for entry in plan.entries]
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise ValueError(f"{missing[0]}: the checkpoint has no such weight")
+        logical = LogicalState(plan.comm, plan.device)
+        tensors = [_weight(entry) for entry in plan.entries]
+        pieces = logical.load(tensors, [weights[name] for name in names])
+        plan.load_state({i: states[n] for i, n in enumerate(names) if n in states})
+        for entry, piece in zip(plan.entries, pieces):
+            entry.param.copy_(piece.view(entry.param.shape))
+        _publish_weights(engine, plan)
+
+
+def _weight(entry: Entry) -> StateTensor:
+    """The master weight of a parameter as a tensor of the saved form."""
+    shape, layout = entry.facts.shape, entry.layout
+    rows, cols = matrix_shape(shape) if len(shape) > 1 else (math.prod(shape), 1)
+    if len(shape) < 2:
+        layout = as_column(layout)
+    name, dtype = entry.facts.name, entry.facts.dtype
+    return StateTensor(name, "weight", shape, rows, cols, layout, dtype)
+
+
+@contextlib.contextmanager
+def _flats_at_hand(engine: Any) -> Generator[tuple[RotatedOptimizer, Engine]]:
+    """The optimizer and its plan; stage 3 takes its flat tensors away between steps."""
+    zero = engine.optimizer
+    optimizer = getattr(zero, "optimizer", zero)
+    if not isinstance(optimizer, RotatedOptimizer):
+        raise TypeError(
+            f"the engine's optimizer is {type(optimizer).__name__}; only those of "
+            "sharded_adadiag have a portable checkpoint"
+        )
+    if engine.zero_optimization_stage() == 0:
+        raise ValueError(
+            "at ZeRO stage 0 every rank has plain parameters: use get_state_dict and "
+            "set_state_dict of torch.distributed.checkpoint.state_dict"
+        )
+    stage_3 = hasattr(zero, "_set_fp32_optimizer_param_groups")
+    if stage_3:
+        zero._set_fp32_optimizer_param_groups()
+    try:
+        yield optimizer, optimizer._binding.prepared()
+    finally:
+        if stage_3:
+            zero._clear_fp32_optimizer_param_groups()
+
+
+def _groups(optimizer: RotatedOptimizer, plan: Engine) -> list[dict[str, Any]]:
+    """The param groups as `param_groups` sorts them: matrices, and the rest."""
+    sorted_groups = []
+    for group in optimizer.param_groups:
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        members: dict[bool, list[str]] = {True: [], False: []}
+        for entry in plan.entries:
+            if entry.group is group:
+                shape = entry.facts.shape
+                matrix = len(shape) > 1 and min(matrix_shape(shape)) > 1
+                members[matrix and entry.facts.options.rotate].append(entry.facts.name)
+        for rotate, names in members.items():
+            if names:
+                own = {"rotate": rotate, "params": names, "param_names": names}
+                sorted_groups.append({**options, **own})
+    return sorted_groups
+
+
+def _untrained(
+    module: torch.nn.Module, trained: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Frozen parameters and buffers, whole; stage 3 gathers the former one by one."""
+    import deepspeed
+
+    names = set(module.state_dict())
+    rest = {n: b.detach() for n, b in module.named_buffers() if n in names}
+    for name, param in module.named_parameters():
+        if name not in trained:
+            with deepspeed.zero.GatheredParameters([param]):
+                rest[name] = param.detach().clone()
+    return rest
+
+
+def _publish_weights(engine: Any, plan: Engine) -> None:
+    """Give the model the new master weights."""
+    zero = engine.optimizer
+    if hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+        return
+    zero.checkpoint_event_prologue()
+    for stored, entry in engine.optimizer.optimizer._binding.flats.stored(plan):
+        stored.copy_(entry.param)
+    zero.checkpoint_event_epilogue()

@@ -1,0 +1,64 @@
+"""DeepSpeed ZeRO at every stage gives the weights of one process."""
+
+from __future__ import annotations
+
+import pytest
+from zero_cells import Cell, run_cells
+
+from sharded_adadiag.testing.ranks import run_processes
+
+pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed")
+
+BF16 = {"bf16": {"enabled": True}}
+BF16_FP32 = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def cells(stage: int) -> list[Cell]:
+    """All settings of one stage."""
+    found = [
+        Cell("plain", stage),
+        Cell("accumulation", stage, {"gradient_accumulation_steps": 2}),
+        Cell("clipping", stage, {"gradient_clipping": 0.005}),
+        Cell("tied", stage, model={"tied": True}),
+        Cell("frozen, unused", stage, model={"frozen": True, "unused": True}),
+        Cell("client", stage, route="client"),
+        Cell("callable", stage, route="callable"),
+        Cell("AdafacDiag", stage, method="AdafacDiag"),
+        Cell("HfacDiag", stage, method="HfacDiag"),
+        Cell("bf16", stage, BF16),
+    ]
+    if stage in (1, 2):
+        found += [
+            Cell("round robin", stage, zero={"round_robin_gradients": True}),
+            Cell("offload", stage, zero=OFFLOAD),
+            Cell("bf16, fp32 sums", stage, BF16_FP32),
+        ]
+    if stage == 3:
+        found += [
+            Cell("sub-groups", stage, zero={"sub_group_size": 100}),
+            Cell("offload", stage, zero=OFFLOAD),
+            Cell(
+                "offload parameters",
+                stage,
+                zero={**OFFLOAD, "offload_param": {"device": "cpu"}},
+            ),
+            Cell("zero.Init", stage, init=True),
+            Cell("bf16, zero.Init", stage, BF16, init=True),
+        ]
+    return found
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_weights_are_those_of_one_process(stage, world_size):
+    table = cells(stage)
+    for results in run_processes(
+        world_size, run_cells, world_size, table, timeout_s=240.0
+    ):
+        for cell in table:
+            result = results[cell.name]
+            assert result["moved"] > 5e-3, cell.name
+            assert result.get("follower", 0.0) == 0.0, (cell.name, result)
+            assert result.get("one process", 0.0) <= 1e-6, (cell.name, result)
