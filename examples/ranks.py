@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import types
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,12 @@ class Ranks:
         texts = [text]
         dist.broadcast_object_list(texts, src=0)
         return texts[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def say(self, message: str) -> None:
         if self.rank == 0:

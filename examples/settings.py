@@ -145,7 +145,9 @@ class Settings:
     save_every: int = _option(0, "steps between checkpoints; 0: at the end", type=int)
     keep_last: int = _option(2, "checkpoints to keep; 0 keeps all", type=int)
     resume: bool = _option(
-        False, "continue from the newest checkpoint of --run-dir", action="store_true"
+        False,
+        "continue from the newest checkpoint of --run-dir; start if it has none",
+        action="store_true",
     )
 
     def __post_init__(self) -> None:
