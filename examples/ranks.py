@@ -78,12 +78,9 @@ def start(device: str, *, timeout_s: float) -> Ranks:
     if device == "cuda":
         gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(
-        backend,
-        device_id=gpu,
-        timeout=datetime.timedelta(seconds=timeout_s),
-        **({} if "RANK" in os.environ else alone),
+        backend, device_id=gpu, timeout=timeout, **_meeting_place(timeout)
     )
     world_size = dist.get_world_size()
     return Ranks(
@@ -95,6 +92,24 @@ def start(device: str, *, timeout_s: float) -> Ranks:
         # with a timeout of its own.
         mesh=DeviceMesh.from_group(dist.group.WORLD, device),
     )
+
+
+def _meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group: where the ranks find each other."""
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    # torchrun's own store outlives a restart, and with it the addresses of ranks that
+    # are gone: in torch 2.13 the new ones may try those. So each start has its keys.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return {
+        "store": dist.PrefixStore(f"start-{start}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def _best_device(num_local: int) -> str:

@@ -67,9 +67,16 @@ def command(num_ranks: int, run_dir: Path, *more: str, program: Path) -> list[st
     return [*start, str(program), *flags(run_dir, *more)]
 
 
-def run(num_ranks: int, run_dir: Path, *more: str, program: Path = QUICK) -> str:
+def run(
+    num_ranks: int,
+    run_dir: Path,
+    *more: str,
+    program: Path = QUICK,
+    **more_environment: str,
+) -> str:
     """A run that must succeed; returns its output."""
-    done = execute(command(num_ranks, run_dir, *more, program=program))
+    start = command(num_ranks, run_dir, *more, program=program)
+    done = execute(start, **more_environment)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

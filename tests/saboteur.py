@@ -1,18 +1,22 @@
 """The pretraining example with a quick model and, on request, a fault.
 
-SABOTAGE in the environment is a JSON list of faults, one for each start by torchrun:
-`where` it strikes (a key of PLACES), `how` (a function of this file), on which `rank`,
-and at which `call` of that place, counted from 1. Further starts are ordinary runs.
+SABOTAGE in the environment is a JSON list of faults, one for each start by torchrun;
+further starts are ordinary runs. `where` it strikes is a key of PLACES, `how` a function
+of this file, `rank` and `call` (counted from 1) say which call of that place. With
+`after`, that call first waits for the checkpoint of this step to be whole; those of a
+save do not count before.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,25 +101,39 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def sabotage(*, where: str, how: str, rank: int, call: int) -> None:
+def is_whole(step: int) -> bool:
+    """Whether the checkpoint of a step is; there is none of step 0."""
+    folder = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+    return not step or (folder / "checkpoints" / f"step-{step}").exists()
+
+
+def sabotage(*, where: str, how: str, rank: int, call: int, after: int = 0) -> None:
     """Makes one call of a function go wrong."""
     if rank != int(os.environ["RANK"]):
         return
     owner, name = PLACES[where]
     real: Callable = getattr(owner, name)
     fault: Callable = globals()[how]
+    whole = functools.partial(is_whole, after)
     calls = 0
 
-    def faulty(*args: Any, **rest: Any) -> Any:
+    def strike(*args: Any) -> None:
         nonlocal calls
         in_background = threading.current_thread() is not threading.main_thread()
-        calls += in_background == (where == "save")
-        strikes = calls == call and in_background == (where == "save")
-        if strikes and where != "step":
+        if in_background != (where == "save") or (where == "save" and not whole()):
+            return
+        calls += 1
+        if calls == call:
+            while not whole():
+                time.sleep(0.01)
             fault(*args)
+
+    def faulty(*args: Any, **rest: Any) -> Any:
+        if where != "step":
+            strike(*args)
         result = real(*args, **rest)
-        if strikes and where == "step":
-            fault(*args)
+        if where == "step":
+            strike(*args)
         return result
 
     setattr(owner, name, faulty)
