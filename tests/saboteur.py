@@ -1,8 +1,8 @@
 """The pretraining example with a quick model and, on request, a fault.
 
 SABOTAGE in the environment is a JSON list of faults, one for each start by torchrun;
-further starts are ordinary runs. `where` it strikes is a key of PLACES, `how` a function
-of this file, `rank` and `call` (counted from 1) say which call of that place. With
+further starts are ordinary runs. `where` it strikes is a key of PLACES, `how` is a
+function of this file, `rank` and `call` (counted from 1) say which call it is. With
 `after`, that call first waits for the checkpoint of this step to be whole; those of a
 save do not count before.
 """

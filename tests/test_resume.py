@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ from sharded_adadiag.testing.ranks import run_processes
 # runs has put the examples on the path
 import checkpoints  # isort: skip
 import metrics  # isort: skip
+import pretrain_llama  # isort: skip
 import ranks  # isort: skip
+import settings  # isort: skip
 
 # ------------------------------------------------------------- the saver itself
 
@@ -166,6 +169,33 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all(tmp_path: Path) -> None:
             assert message.endswith("step-1")
         assert len(messages) == 2
     assert checkpoints.newest(tmp_path).name == "step-1"
+
+
+def test_a_failed_save_ends_the_training_after_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without waiting for the next checkpoint."""
+
+    def raise_failure() -> None:
+        raise RuntimeError("no room")
+
+    def train_step(run: types.SimpleNamespace, watch: metrics.Stopwatch) -> float:
+        run.step += 1
+        return 1.0
+
+    monkeypatch.setattr(pretrain_llama, "train_step", train_step)
+    run = types.SimpleNamespace(
+        settings=settings.parse(["--model", "tiny"]),
+        ranks=types.SimpleNamespace(
+            device=torch.device("cpu"), world_size=1, sum=lambda *values: list(values)
+        ),
+        saver=types.SimpleNamespace(failed=True, raise_failure=raise_failure),
+        schedule=types.SimpleNamespace(get_last_lr=lambda: [0.1]),
+        step=2,
+    )
+    with pytest.raises(RuntimeError, match="no room"):
+        pretrain_llama.train(run, ranks.StopRequest(), None)
+    assert run.step == 3
 
 
 # ---------------------------------------------------------------- whole runs
