@@ -85,9 +85,7 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         drop_lines_after(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            run_dir / "tensorboard", purge_step=first_step + 1 if first_step else None
-        )
+        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
         # In a log file the bar cannot redraw itself: one line in a while is enough.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(

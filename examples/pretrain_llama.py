@@ -4,9 +4,11 @@
     torchrun --standalone --nproc-per-node=8 examples/pretrain_llama.py \
         --model 60m --data c4 --precision bf16 --optimizer adadiag
 
-Ctrl-C and SIGTERM leave a checkpoint; `--run-dir DIR --resume` continues from the
-newest one, on the same number of ranks and with the same numbers. Read in order:
-settings.py (flags), corpus.py and batches.py (data), llama.py (model), this file.
+Checkpoints are written while training goes on; Ctrl-C and SIGTERM leave one too.
+`--run-dir DIR --resume` continues from the newest one of DIR, or starts if there is
+none: the same command restarts a run that crashed. On as many ranks the numbers are
+the same to the bit, on another number to rounding. Read in order: settings.py (flags),
+corpus.py and batches.py (data), llama.py (model), checkpoints.py, this file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import checkpoints
 import ranks
@@ -38,6 +40,7 @@ from metrics import Line, Metrics, Stopwatch, plot_losses, read_lines
 from optimizers import build_optimizer, build_schedule
 from settings import Settings, parse
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -54,53 +57,55 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
+    saver: checkpoints.Saver
     step: int = 0  # finished steps
 
-    def state_dict(self) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state()}
-        if self.ranks.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
-        return {
+    def save(self) -> None:
+        """Starts to write a checkpoint of the finished steps."""
+        here = self.ranks
+        rest = {
             "settings": dataclasses.asdict(self.settings),
             "data_key": self.data_key,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "batches": self.batches.state_dict(),
-            "random": random,
+            "random": here.collect(checkpoints.random_state(here.device)),
         }
-
-    def save(self) -> Path:
-        return checkpoints.save(
-            self.folder,
-            self.step,
-            self.state_dict(),
-            ranks=self.ranks,
-            keep_last=self.settings.keep_last,
-        )
+        self.saver.save(self.step, self.model, self.optimizer, rest)
 
     def resume(self) -> None:
-        """Continues from the newest checkpoint of the run's folder."""
-        checkpoint = checkpoints.newest(self.folder)
-        if checkpoint is None:
-            raise ValueError(f"--resume: no checkpoint in {self.folder}/checkpoints")
-        state = checkpoints.load(checkpoint, ranks=self.ranks)
-        differences = self.settings.differences(state["settings"])
-        if state["data_key"] != self.data_key:
+        """Continues from the newest checkpoint of the run's folder, if it has one."""
+        here = self.ranks
+        found = here.agree(str(checkpoints.newest(self.folder) or ""))
+        if not found:
+            here.say(f"no checkpoint in {self.folder}: starting from step 0")
+            return
+        checkpoint = Path(found)
+        rest = checkpoints.read_run(checkpoint)
+        differences = self.settings.differences(rest["settings"])
+        if rest["data_key"] != self.data_key:
             differences.append("the text or its tokenizer is another")
         if differences:
             raise ValueError(
                 f"--resume: not the run of {checkpoint}: " + "; ".join(differences)
             )
-        checkpoints.load_weights(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.batches.load_state_dict(state["batches"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        self.saver.load(checkpoint, self.model, self.optimizer)
+        self.schedule.load_state_dict(rest["schedule"])
+        self.batches.load_state_dict(rest["batches"])
         self.step = checkpoints.step_of(checkpoint)
-        self.ranks.say(f"continuing from {checkpoint}")
+        checkpoints.restore_random(
+            rest["random"],
+            rank=here.rank,
+            seed=[self.settings.seed, self.step],
+            device=here.device,
+        )
+        here.say(f"continuing from {checkpoint}")
+        written_by = len(rest["random"])
+        if written_by != here.world_size:
+            here.say(
+                f"{written_by} ranks wrote it, {here.world_size} go on: the same"
+                " batches and schedule, but sums in another order; a new rank's random"
+                " numbers are seeded from --seed, the step and the rank"
+            )
 
 
 def prepare_data(
@@ -141,7 +146,8 @@ def choose_folder(settings: Settings, here: ranks.Ranks) -> Path:
         name = f"runs/{settings.model}-{settings.optimizer}-{now}"
         return Path(here.agree(name))  # clocks differ between machines
     folder = Path(settings.run_dir)
-    if not settings.resume and (folder / "metrics.jsonl").exists():
+    used = (folder / "metrics.jsonl").exists() or checkpoints.newest(folder)
+    if not settings.resume and used:
         raise ValueError(
             f"--run-dir {folder} holds a run already; give --resume to continue it,"
             " or another folder"
@@ -174,6 +180,9 @@ def build_run(settings: Settings, here: ranks.Ranks) -> Run:
         model=model,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, settings),
+        saver=checkpoints.Saver(
+            folder, here, keep_last=settings.keep_last, timeout_s=settings.timeout_s
+        ),
     )
     if settings.resume:
         run.resume()
@@ -204,9 +213,13 @@ def train(run: Run, stop: ranks.StopRequest, metrics: Metrics | None) -> bool:
         lr = run.schedule.get_last_lr()[0]
         with watch.step(batch_tokens):
             loss = train_step(run, watch)
-            # A signal reaches the ranks at different moments: they agree here, and
-            # all stop after the same step.
-            loss, stopping = here.sum(loss / here.world_size, bool(stop))
+            # A signal, or the failure of a checkpoint, reaches the ranks at different
+            # moments: they agree here, and all stop after the same step.
+            loss, stopping, failed = here.sum(
+                loss / here.world_size, bool(stop), run.saver.failed
+            )
+        if failed:
+            run.saver.raise_failure()
         last = run.step == settings.steps
         val_loss = None
         if last or run.step % settings.val_every == 0:
@@ -236,8 +249,9 @@ def train(run: Run, stop: ranks.StopRequest, metrics: Metrics | None) -> bool:
         if last or stopping or _due(run.step, settings.save_every):
             run.save()
         if stopping:
-            return not last
-    return False
+            break
+    run.saver.wait()
+    return run.step < settings.steps
 
 
 def _due(step: int, every: int) -> bool:
@@ -261,6 +275,7 @@ def report(run: Run) -> None:
     )
 
 
+@record  # torchrun's summary then shows the exception
 def carry_out(run: Run) -> int:
     """Trains, then reports; returns the exit code."""
     here, settings = run.ranks, run.settings
@@ -269,7 +284,11 @@ def carry_out(run: Run) -> int:
     metrics = None
     if here.rank == 0:
         metrics = Metrics(run.folder, first_step=run.step, steps=settings.steps)
-    interrupted = train(run, stop, metrics)
+    try:
+        interrupted = train(run, stop, metrics)
+    except Exception:
+        run.saver.settle()  # what is being written may become a whole checkpoint
+        raise
     if metrics:
         metrics.close()
     if interrupted:
@@ -289,7 +308,8 @@ def set_up(argv: Sequence[str] | None) -> Run | None:
         settings = parse(argv)
         if settings.data != "c4":
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        return build_run(settings, ranks.start(settings.device))
+        here = ranks.start(settings.device, timeout_s=settings.timeout_s)
+        return build_run(settings, here)
     except ValueError as error:
         # What the flags cause is found by the first rank of a machine too.
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -306,8 +326,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         code = ranks.INTERRUPTED
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if ranks.lost_contact(error):
+            print(ranks.LOST_CONTACT, file=sys.stderr)
         code = 1
     ranks.leave(code, together=together)
 

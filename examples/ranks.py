@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import signal
 import sys
 import types
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+LOST_CONTACT = (
+    "communication with the other ranks failed: one of them has ended, or did not"
+    " answer within --timeout-s; start the job again with --resume"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +54,22 @@ class Ranks:
         dist.broadcast_object_list(texts, src=0)
         return texts[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def say(self, message: str) -> None:
         if self.rank == 0:
             print(message, flush=True)
 
 
-def start(device: str) -> Ranks:
-    """Joins the process group torchrun describes, or makes one of this process."""
+def start(device: str, *, timeout_s: float) -> Ranks:
+    """Joins the process group torchrun describes, or makes one of this process.
+
+    A collective that waits longer than `timeout_s` for another rank is an error.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = _best_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -64,19 +78,38 @@ def start(device: str) -> Ranks:
     if device == "cuda":
         gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=gpu)
-    else:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, device_id=gpu, **alone)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, device_id=gpu, timeout=timeout, **_meeting_place(timeout)
+    )
     world_size = dist.get_world_size()
     return Ranks(
         rank=dist.get_rank(),
         local_rank=local_rank,
         world_size=world_size,
         device=gpu or torch.device("cpu"),
-        mesh=init_device_mesh(device, (world_size,)),
+        # Not init_device_mesh: where there is a GPU it makes another group for gloo,
+        # with a timeout of its own.
+        mesh=DeviceMesh.from_group(dist.group.WORLD, device),
     )
+
+
+def _meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group: where the ranks find each other."""
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    # torchrun's own store outlives a restart, and with it the addresses of ranks that
+    # are gone: in torch 2.13 the new ones may try those. So each start has its keys.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return {
+        "store": dist.PrefixStore(f"start-{start}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def _best_device(num_local: int) -> str:
@@ -111,6 +144,12 @@ class StopRequest:
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self._requested = True
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error says that another rank has ended or does not answer."""
+    # gloo has no class of its own for it; its messages begin with their source file.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave(code: int, *, together: bool) -> NoReturn:

@@ -65,6 +65,7 @@ _FREE_ON_RESUME = {
     "log_every",
     "val_every",
     "val_batches",
+    "timeout_s",
 }
 
 
@@ -122,6 +123,9 @@ class Settings:
         "fp32", "dtype of the forward and backward pass", choices=("fp32", "bf16")
     )
     device: str = _option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    timeout_s: float = _option(
+        600.0, "longest wait for the other ranks, then the run ends", type=float
+    )
     seed: int = _option(0, "of the weights and of the order of the data", type=int)
 
     data: str = _option(
@@ -141,13 +145,17 @@ class Settings:
     save_every: int = _option(0, "steps between checkpoints; 0: at the end", type=int)
     keep_last: int = _option(2, "checkpoints to keep; 0 keeps all", type=int)
     resume: bool = _option(
-        False, "continue from the newest checkpoint of --run-dir", action="store_true"
+        False,
+        "continue from the newest checkpoint of --run-dir; start if it has none",
+        action="store_true",
     )
 
     def __post_init__(self) -> None:
         for name in ("log_every", "val_every", "val_batches", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.timeout_s <= 0:
+            raise ValueError("--timeout-s must be positive")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(
                 f"--warmup {self.warmup} is not between 0 and --steps {self.steps}"

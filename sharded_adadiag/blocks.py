@@ -239,13 +239,23 @@ class BlockUpdates:
         collected, _ = engine.exchange.run(
             collect, sent, wire, work, device=engine.device, slot="collected"
         )
-        found = [
-            self._basis(m, gathered, options)
-            if m.route.owner == engine.comm.rank
-            else Basis(None, None)
-            for m, gathered in zip(matrices, collected)
-        ]
-        self._distribute(matrices, found, distribute, options)
+        found: list[Basis] = []
+        failure: Exception | None = None
+        status = 0
+        for m, gathered in zip(matrices, collected):
+            basis = Basis(None, None)
+            if m.route.owner == rank:
+                try:
+                    basis = self._basis(m, gathered, options)
+                except Exception as error:
+                    if engine.comm.size == 1:
+                        raise
+                    # The others wait for a rotation: fail after the old one is sent.
+                    failure, status = error, 1 + m.index
+                    basis = self._kept(m)
+            found.append(basis)
+        statuses = self._distribute(matrices, found, distribute, options, status)
+        engine.raise_together(statuses, failure)
 
     def _basis(
         self, matrix: MatrixPlan, gathered: Tensor, options: dict[int, Options]
@@ -269,9 +279,13 @@ class BlockUpdates:
         if basis.fallback:
             self.engine.warn_once(matrix, basis.fallback)
         if basis.fallback == "kept":
-            state = self.engine.state_of(matrix)
-            basis = Basis(state.get("rotation_left"), state.get("rotation_right"))
+            basis = self._kept(matrix)
         return basis
+
+    def _kept(self, matrix: MatrixPlan) -> Basis:
+        """The basis that the matrix has."""
+        state = self.engine.state_of(matrix)
+        return Basis(state.get("rotation_left"), state.get("rotation_right"))
 
     def _distribute(
         self,
@@ -279,8 +293,9 @@ class BlockUpdates:
         found: Sequence[Basis],
         plan: ExchangePlan,
         options: dict[int, Options],
-    ) -> None:
-        """Send each new rotation from its owner to all ranks and install it."""
+        status: int,
+    ) -> list[int]:
+        """Send each new rotation to all ranks and install it; their status words."""
         device = self.engine.device
         sides, rotations_ = [], []
         for m, basis in zip(matrices, found):
@@ -294,8 +309,14 @@ class BlockUpdates:
                     new = empty if new is None else new
                     rotations_.append(new.to(m.rotation_dtype))
         dtypes = [m.rotation_dtype for m, _ in sides]
-        arrived, _ = self.engine.exchange.run(
-            plan, rotations_, dtypes, dtypes, device=device, slot="rotations"
+        arrived, statuses = self.engine.exchange.run(
+            plan,
+            rotations_,
+            dtypes,
+            dtypes,
+            device=device,
+            status=status,
+            slot="rotations",
         )
         for (m, key), rotation in zip(sides, arrived):
             rotation = rotation.to(torch.promote_types(m.work_dtype, m.rotation_dtype))
@@ -309,6 +330,7 @@ class BlockUpdates:
                 self.engine.options_of(m, options),
                 first=self.engine.time_of(m) == 1,
             )
+        return statuses
 
 
 def refresh_plans(

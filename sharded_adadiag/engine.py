@@ -322,6 +322,21 @@ class Engine:
         back, statuses = self.exchange.run(
             scatter, updates, work, work, device=device, status=status, slot="updates"
         )
+        self.raise_together(statuses, failure)
+        return back
+
+    def raise_together(
+        self, statuses: Sequence[int], failure: Exception | None
+    ) -> None:
+        """Raise on every rank if an owner failed.
+
+        Args:
+            statuses: The status word of each rank: 0, or 1 + the index of a matrix.
+            failure: What this rank itself met.
+
+        Raises:
+            RuntimeError: It names the parameter and the owner.
+        """
         for rank, word in enumerate(statuses):
             if word:
                 name = self.entries[word - 1].facts.name
@@ -330,7 +345,6 @@ class Engine:
                     + (f": {failure}" if failure is not None else "")
                     + "; states may have advanced: restart from a checkpoint"
                 ) from failure
-        return back
 
     def _compute(
         self,

@@ -318,6 +318,9 @@ class RotatedOptimizer(Optimizer):
         patterns = Exclusion(state.pop("_exclude", ()))
         old = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        # torch adds it for its own optimizers; here it is no option, and a saved form
+        # with one key more after a load could not be read where there was no load.
+        self.defaults.pop("differentiable", None)
         self.__dict__.setdefault("_loading", None)
         if "_binding" not in self.__dict__:  # unpickled or copied
             self._binding = Binding(self, self.method, distribution, None, patterns)

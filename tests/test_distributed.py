@@ -423,8 +423,8 @@ def test_ranks_with_different_parameters_all_raise_the_same_error(what):
     assert "rank 1" in messages[0]
 
 
-def failing_owner(rank, monkeypatch):
-    model, opt = fresh(distribution="owner")
+def failing_owner(rank, distribution):
+    model, opt = fresh(distribution=distribution)
     owner = opt.describe().matrices[0].owner
     set_gradients(model, NAMED, 0, torch.float32)
     try:
@@ -434,18 +434,23 @@ def failing_owner(rank, monkeypatch):
     return owner, ""
 
 
-def test_an_owner_that_fails_takes_all_ranks_down_with_one_message(monkeypatch):
-    from sharded_adadiag import engine
+@pytest.mark.parametrize("distribution", ["owner", "broadcast"])
+def test_an_owner_that_fails_takes_all_ranks_down_with_one_message(
+    distribution, monkeypatch
+):
+    from sharded_adadiag import blocks
+    from sharded_adadiag.algorithm import update
 
-    real = engine.update
+    real = update.compute_basis
 
-    def out_of_memory(grads, states, **rest):
-        if tuple(grads[0].shape) == (8, 6):
+    def out_of_memory(grad, **rest):
+        if tuple(grad.shape) == (8, 6):
             raise MemoryError("no room for the SVD")
-        return real(grads, states, **rest)
+        return real(grad, **rest)
 
-    monkeypatch.setattr(engine, "update", out_of_memory)
-    results = run_threads(3, failing_owner, None)
+    monkeypatch.setattr(update, "compute_basis", out_of_memory)
+    monkeypatch.setattr(blocks, "compute_basis", out_of_memory)
+    results = run_threads(3, failing_owner, distribution)
     owner = results[0][0]
     for rank, (_, message) in enumerate(results):
         assert f"a_weight: its owner, rank {owner}, could not compute" in message

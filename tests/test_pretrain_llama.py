@@ -1,4 +1,4 @@
-"""The main example: its data, its schedule, and runs of it as a user starts them."""
+"""The main example: its flags, its data and its schedule."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import gzip
 import json
 import lzma
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
-import time
 import types
 from pathlib import Path
 
@@ -25,7 +21,6 @@ sys.path.insert(0, str(EXAMPLES))
 
 import batches  # noqa: E402
 import c4  # noqa: E402
-import checkpoints  # noqa: E402
 import corpus  # noqa: E402
 import metrics  # noqa: E402
 import optimizers  # noqa: E402
@@ -311,7 +306,7 @@ assert begun + list(second) == whole
     )
 
 
-# ------------------------------------------------- metrics and checkpoints
+# ----------------------------------------------------------------- metrics
 
 
 def test_a_continued_run_forgets_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
@@ -320,165 +315,3 @@ def test_a_continued_run_forgets_the_lines_after_its_checkpoint(tmp_path: Path) 
     path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
     metrics.drop_lines_after(path, 3)
     assert [line["step"] for line in metrics.read_lines(path)] == [1, 2, 3]
-
-
-def test_half_written_checkpoints_are_not_picked_up(tmp_path: Path) -> None:
-    for name in ("step-9", "step-10", "step-11.writing"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert checkpoints.newest(tmp_path).name == "step-10"
-    assert checkpoints.newest(tmp_path / "nothing") is None
-
-
-def test_a_checkpoint_of_another_world_size_is_refused(tmp_path: Path) -> None:
-    for rank in range(3):
-        (tmp_path / f"rank-{rank}.pt").touch()
-    with pytest.raises(ValueError, match="written by 3 ranks, this run has 2"):
-        checkpoints.load(tmp_path, ranks=types.SimpleNamespace(rank=0, world_size=2))
-
-
-# -------------------------------------------------------------------- runs
-
-STEPS = 6
-
-
-def command(num_ranks: int, run_dir: Path, *flags: str) -> list[str]:
-    """A tiny run; on one rank without torchrun."""
-    start = ["-m", "torch.distributed.run", "--standalone"]
-    start.append(f"--nproc-per-node={num_ranks}")
-    package = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
-    return [
-        sys.executable,
-        *(start if num_ranks > 1 else []),
-        str(EXAMPLES / "pretrain_llama.py"),
-        *("--model", "tiny", "--steps", str(STEPS), "--data", str(package)),
-        *("--val-batches", "2", "--val-every", "3", "--save-every", "3"),
-        *("--cache-dir", str(run_dir.parent / "cache"), "--run-dir", str(run_dir)),
-        *("--device", "cpu", *flags),
-    ]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(num_ranks: int, run_dir: Path, *flags: str) -> str:
-    done = subprocess.run(
-        command(num_ranks, run_dir, *flags),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def read_results(run_dir: Path) -> list[dict]:
-    """The metrics without the times."""
-    lines = metrics.read_lines(run_dir / "metrics.jsonl")
-    timed = ("tokens_per_s", "optimizer_share")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
-def read_weights(run_dir: Path, num_ranks: int) -> list[dict]:
-    folder = run_dir / "checkpoints" / f"step-{STEPS}"
-    files = [folder / f"rank-{rank}.pt" for rank in range(num_ranks)]
-    states = [torch.load(file, weights_only=True) for file in files]
-    return [
-        {name: value["__shard__"] for name, value in state["model"].items()}
-        for state in states
-    ]
-
-
-@pytest.fixture(scope="module")
-def adamw_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("adamw") / "whole"
-    output = run(2, folder, "--optimizer", "adamw")
-    assert str(folder / "loss.png") in output
-    return folder
-
-
-def check_resumed(whole: Path, *flags: str) -> None:
-    """Compares a run with what its checkpoint of step 3 becomes when continued."""
-    resumed = whole.parent / "resumed"
-    shutil.copytree(whole, resumed)
-    folder = resumed / "checkpoints"
-    (folder / f"step-{STEPS}").rename(folder / "step-5.writing")  # as after a crash
-    assert "continuing from" in run(2, resumed, *flags, "--resume")
-
-    assert read_results(resumed) == read_results(whole)
-    for expected, got in zip(read_weights(whole, 2), read_weights(resumed, 2)):
-        assert expected.keys() == got.keys()
-        for name, value in expected.items():
-            assert torch.equal(value, got[name]), name
-
-
-@pytest.mark.multiprocess
-def test_a_run_leaves_metrics_and_a_plot(adamw_run: Path) -> None:
-    results = read_results(adamw_run)
-    assert [line["step"] for line in results] == list(range(1, STEPS + 1))
-    assert [line["val_loss"] is not None for line in results] == [
-        False,
-        False,
-        True,
-    ] * 2
-    assert results[-1]["loss"] < results[0]["loss"]
-    assert results[-1]["tokens"] == STEPS * 8 * 32
-    assert (adamw_run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list((adamw_run / "tensorboard").glob("events.*"))
-
-
-@pytest.mark.multiprocess
-def test_a_resumed_run_repeats_the_uninterrupted_one(adamw_run: Path) -> None:
-    check_resumed(adamw_run, "--optimizer", "adamw")
-
-
-@pytest.mark.multiprocess
-def test_a_resumed_run_repeats_its_rotations(tmp_path: Path) -> None:
-    """The bases of step 3 serve step 4; step 5 makes new ones."""
-    flags = ["--optimizer", "adadiag", "--refresh-every", "2"]
-    run(2, tmp_path / "whole", *flags)
-    check_resumed(tmp_path / "whole", *flags)
-
-
-@pytest.mark.multiprocess
-def test_one_and_two_ranks_train_alike(adamw_run: Path, tmp_path: Path) -> None:
-    """The same weights and batches; only the order of sums differs."""
-    run(1, tmp_path / "one", "--optimizer", "adamw", "--micro-batch", "3")
-    losses = [
-        [[line["loss"], line["val_loss"] or 0.0] for line in read_results(folder)]
-        for folder in (adamw_run, tmp_path / "one")
-    ]
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0.0)
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_ctrl_c_leaves_a_checkpoint(num_ranks: int, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    flags = ["--optimizer", "adamw", "--steps", "1000000", "--save-every", "0"]
-    process = subprocess.Popen(
-        command(num_ranks, folder, *flags),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        give_up = time.monotonic() + 90
-        while len(metrics.read_lines(folder / "metrics.jsonl")) < 3:
-            assert process.poll() is None and time.monotonic() < give_up
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    # torchrun has an exit code of its own.
-    assert process.returncode == (130 if num_ranks == 1 else 1)
-    last = metrics.read_lines(folder / "metrics.jsonl")[-1]["step"]
-    assert f"stopped after step {last}; continue with" in output
-    checkpoint = checkpoints.newest(folder)
-    assert checkpoints.step_of(checkpoint) == last
-    assert len(list(checkpoint.iterdir())) == num_ranks
-    assert torch.load(checkpoint / "rank-0.pt", weights_only=True)["settings"]

@@ -139,6 +139,13 @@ def test_the_version_is_in_the_saved_form_and_a_newer_one_is_refused():
         assert_equal(a.detach(), b.detach())
 
 
+def test_a_load_adds_no_key_to_the_saved_form():
+    model, opt = build(1)
+    before = [set(group) for group in opt.state_dict()["param_groups"]]
+    opt.load_state_dict(opt.state_dict())
+    assert [set(group) for group in opt.state_dict()["param_groups"]] == before
+
+
 if __name__ == "__main__":
     target = FIXTURES / f"checkpoint-{FORMAT_VERSION}"
     run_processes(2, write, str(target))
