@@ -289,7 +289,8 @@ def set_up(argv: Sequence[str] | None) -> Run | None:
         settings = parse(argv)
         if settings.data != "c4":
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        return build_run(settings, ranks.start(settings.device))
+        here = ranks.start(settings.device, timeout_s=settings.timeout_s)
+        return build_run(settings, here)
     except ValueError as error:
         # What the flags cause is found by the first rank of a machine too.
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -306,8 +307,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         code = ranks.INTERRUPTED
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if ranks.lost_contact(error):
+            print(ranks.LOST_CONTACT, file=sys.stderr)
         code = 1
     ranks.leave(code, together=together)
 

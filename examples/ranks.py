@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import signal
 import sys
@@ -11,9 +12,13 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+LOST_CONTACT = (
+    "communication with the other ranks failed: one of them has ended, or did not"
+    " answer within --timeout-s; start the job again with --resume"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +59,11 @@ class Ranks:
             print(message, flush=True)
 
 
-def start(device: str) -> Ranks:
-    """Joins the process group torchrun describes, or makes one of this process."""
+def start(device: str, *, timeout_s: float) -> Ranks:
+    """Joins the process group torchrun describes, or makes one of this process.
+
+    A collective that waits longer than `timeout_s` for another rank is an error.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = _best_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -64,18 +72,22 @@ def start(device: str) -> Ranks:
     if device == "cuda":
         gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=gpu)
-    else:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, device_id=gpu, **alone)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(
+        backend,
+        device_id=gpu,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        **({} if "RANK" in os.environ else alone),
+    )
     world_size = dist.get_world_size()
     return Ranks(
         rank=dist.get_rank(),
         local_rank=local_rank,
         world_size=world_size,
         device=gpu or torch.device("cpu"),
-        mesh=init_device_mesh(device, (world_size,)),
+        # Not init_device_mesh: where there is a GPU it makes another group for gloo,
+        # with a timeout of its own.
+        mesh=DeviceMesh.from_group(dist.group.WORLD, device),
     )
 
 
@@ -111,6 +123,12 @@ class StopRequest:
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self._requested = True
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error says that another rank has ended or does not answer."""
+    # gloo has no class of its own for it; its messages begin with their source file.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave(code: int, *, together: bool) -> NoReturn:

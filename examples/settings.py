@@ -65,6 +65,7 @@ _FREE_ON_RESUME = {
     "log_every",
     "val_every",
     "val_batches",
+    "timeout_s",
 }
 
 
@@ -122,6 +123,9 @@ class Settings:
         "fp32", "dtype of the forward and backward pass", choices=("fp32", "bf16")
     )
     device: str = _option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    timeout_s: float = _option(
+        600.0, "longest wait for the other ranks, then the run ends", type=float
+    )
     seed: int = _option(0, "of the weights and of the order of the data", type=int)
 
     data: str = _option(
@@ -148,6 +152,8 @@ class Settings:
         for name in ("log_every", "val_every", "val_batches", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.timeout_s <= 0:
+            raise ValueError("--timeout-s must be positive")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(
                 f"--warmup {self.warmup} is not between 0 and --steps {self.steps}"
