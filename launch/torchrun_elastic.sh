@@ -24,6 +24,9 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh examples
 . launch/end_when_idle.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Else the ranks meet in a store that outlives them: after a new start, some would read the
+# addresses of the ranks before and hang. So each start has a store of its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 end_when_idle $$ $((JOIN_S + 60)) &  # exec: torchrun will be process $$
 exec torchrun \
     --nnodes="${MIN_NODES:-1}:${MAX_NODES:-2}" --max-restarts="${MAX_RESTARTS:-3}" \

@@ -37,6 +37,7 @@ def flags(folder: Path, *, steps: int, save_every: int) -> list[str]:
         *("--model", "tiny", "--device", "cpu", "--data", str(package)),
         *("--cache-dir", str(folder / "cache"), "--val-batches", "2"),
         *("--steps", str(steps), "--save-every", str(save_every)),
+        *("--timeout-s", "60"),  # what a failed test leaves behind does not stay
     ]
 
 
@@ -49,12 +50,30 @@ def start(command: list[str], env: dict[str, str], log: Path) -> subprocess.Pope
 
 def wait_until(condition: Callable[[], Any], *nodes: subprocess.Popen) -> None:
     """Waits for a condition that comes true while the nodes run."""
-    give_up = time.monotonic() + 120
-    while not condition():
-        codes = [node.poll() for node in nodes]
-        assert not any(code is not None for code in codes), f"ended early: {codes}"
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    give_up = time.monotonic() + 240
+    try:
+        while not condition():
+            codes = [node.poll() for node in nodes]
+            assert not any(code is not None for code in codes), f"ended early: {codes}"
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+    except BaseException:
+        _end(*nodes)
+        raise
+
+
+def finish(*nodes: subprocess.Popen) -> list[int]:
+    """Waits for the nodes to end; returns their exit codes."""
+    try:
+        return [node.wait(timeout=240) for node in nodes]
+    finally:
+        _end(*nodes)
+
+
+def _end(*nodes: subprocess.Popen) -> None:
+    for node in nodes:
+        node.kill()
+        node.wait()
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:

@@ -32,11 +32,7 @@ def start_node(script: str, folder: Path, **variables: object) -> subprocess.Pop
 
 def finish(nodes: list[subprocess.Popen], folder: Path) -> str:
     """Waits for the nodes to end well; returns what they printed."""
-    try:
-        codes = [node.wait(timeout=120) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+    codes = launching.finish(*nodes)
     output = (folder / "log").read_text()
     assert codes == [0] * len(nodes), output
     return output
@@ -104,14 +100,9 @@ def test_elastic_nodes_continue_after_a_crash(
     """Two nodes at least: so the one that is faster after the crash waits."""
     where = {"HOST": "localhost", "PORT": launching.free_port(), "MIN_NODES": 2}
     nodes = [start_node("torchrun_elastic.sh", tmp_path, **where) for _ in range(2)]
-    try:
-        run = tmp_path / "run"
-        launching.wait_until(lambda: len(launching.read_results(run)) > 7, *nodes)
-        os.kill(find_rank(nodes[0]), signal.SIGKILL)
-    except BaseException:
-        for node in nodes:
-            node.kill()
-        raise
+    run = tmp_path / "run"
+    launching.wait_until(lambda: len(launching.read_results(run)) > 7, *nodes)
+    os.kill(find_rank(nodes[0]), signal.SIGKILL)
     output = finish(nodes, tmp_path)
     assert "communication with the other ranks failed" in output
     assert "continuing from" in output
