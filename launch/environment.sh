@@ -36,7 +36,7 @@ sharded_adadiag_environment() {
         python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" \
             || return
     fi
-    python -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" \
+    python -m pip install --quiet --disable-pip-version-check -e "${root}[$extras]" \
         || return
     echo "$wanted" > "$stamp"
 }

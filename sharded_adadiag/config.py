@@ -88,7 +88,7 @@ class Options:
 
 
 def as_dtype(value: Any) -> Any:
-    """A dtype by its name in torch, as a config file gives it; else the value itself."""
+    """A dtype by its name in torch, as a config file gives it, or what was given."""
     name = value.removeprefix("torch.") if isinstance(value, str) else ""
     found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) else value

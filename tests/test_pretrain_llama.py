@@ -57,6 +57,7 @@ def test_flags_override_the_preset() -> None:
         (["--warmup", "7", "--steps", "6"], "--warmup 7"),
         (["--hidden", "30"], "twice --heads"),
         (["--batch", "0"], "--batch"),
+        (["--timeout-s", "0"], "--timeout-s"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(

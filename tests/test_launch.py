@@ -1,0 +1,216 @@
+"""The launchers, run with two nodes of one rank that are both this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+from launching import ROOT
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import settings
+
+STEPS = 40
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+def start_node(script: str, folder: Path, **variables: object) -> subprocess.Popen:
+    env = launching.environment(folder, RUN_DIR=folder / "run", **variables)
+    command = ["bash", f"launch/{script}"]
+    command += launching.flags(folder, steps=STEPS, save_every=5)
+    log = folder / "log"
+    return launching.start(command, env, log)
+
+
+def finish(nodes: list[subprocess.Popen], folder: Path) -> str:
+    """Waits for the nodes to end well; returns what they printed."""
+    codes = launching.finish(*nodes)
+    output = (folder / "log").read_text()
+    assert codes == [0] * len(nodes), output
+    return output
+
+
+# What the script uses of Slurm: srun starts a task per node, hostname is the node's.
+SRUN = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit "${code:-0}"
+"""
+HOSTNAME = "#!/usr/bin/env bash\necho localhost\n"
+
+
+@pytest.fixture(scope="module")
+def slurm_run(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results under Slurm, which starts torchrun_static.sh on every node."""
+    folder = tmp_path_factory.mktemp("slurm")
+    stubs = folder / "stubs"
+    stubs.mkdir()
+    for name, text in (("srun", SRUN), ("hostname", HOSTNAME)):
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    script = shutil.copy(ROOT / "launch/slurm.sh", folder / "slurm_script")
+    slurm = {
+        "SLURM_NNODES": 2,
+        "SLURM_SUBMIT_DIR": ROOT,
+        "SLURM_JOB_ID": launching.free_port(),
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+    }
+    env = launching.environment(folder, RUN_DIR=folder / "run", **slurm)
+    command = ["bash", script, *launching.flags(folder, steps=STEPS, save_every=5)]
+    job = launching.start(command, env, folder / "log")
+    assert "world size 2 on cpu" in finish([job], folder)
+    return launching.read_results(folder / "run")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.xdist_group("launch")
+def test_slurm_nodes_train_together(slurm_run: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in slurm_run] == list(range(1, STEPS + 1))
+    assert slurm_run[-1]["val_loss"] < slurm_run[0]["loss"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.xdist_group("launch")
+def test_nodes_that_meet_train_together(
+    slurm_run: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    where = {"HOST": "localhost", "PORT": launching.free_port()}
+    nodes = [start_node("torchrun_c10d.sh", tmp_path, **where) for _ in range(2)]
+    assert "world size 2 on cpu" in finish(nodes, tmp_path)
+    assert launching.read_results(tmp_path / "run") == slurm_run
+
+
+@pytest.mark.multiprocess
+@pytest.mark.xdist_group("launch")
+def test_elastic_nodes_continue_after_a_crash(
+    slurm_run: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two nodes at least: so the one that is faster after the crash waits."""
+    where = {"HOST": "localhost", "PORT": launching.free_port(), "MIN_NODES": 2}
+    nodes = [start_node("torchrun_elastic.sh", tmp_path, **where) for _ in range(2)]
+    run = tmp_path / "run"
+    launching.wait_until(lambda: len(launching.read_results(run)) > 7, *nodes)
+    os.kill(find_rank(nodes[0]), signal.SIGKILL)
+    output = finish(nodes, tmp_path)
+    assert "communication with the other ranks failed" in output
+    assert "continuing from" in output
+    assert launching.read_results(run) == slurm_run
+
+
+def find_rank(node: subprocess.Popen) -> int:
+    """The rank that a torchrun has started."""
+    for children in Path(f"/proc/{node.pid}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if b"pretrain_llama.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+    raise AssertionError(f"process {node.pid} has no rank")
+
+
+def test_the_kubernetes_job_runs_a_launcher_on_all_its_nodes() -> None:
+    yaml = pytest.importorskip("yaml", reason="no YAML parser in this environment")
+    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"}
+    assert replicas["Master"]["replicas"] == 1
+    assert {spec["restartPolicy"] for spec in replicas.values()} == {"OnFailure"}
+    for spec in replicas.values():
+        pod = spec["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        variables = {item["name"]: item["value"] for item in container["env"]}
+        assert int(variables["NNODES"]) == sum(s["replicas"] for s in replicas.values())
+        assert (
+            int(variables["RANKS"])
+            == container["resources"]["limits"]["nvidia.com/gpu"]
+        )
+        mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
+        assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+        assert variables["RUN_DIR"].startswith(mounts["shared"])
+        assert settings.parse(container["args"]).model == "60m"
+
+
+def test_the_kubernetes_command_starts_torchrun(tmp_path: Path) -> None:
+    """With what the operator sets; a stand-in for torchrun prints its arguments."""
+    yaml = pytest.importorskip("yaml", reason="no YAML parser in this environment")
+    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    container = worker["containers"][0]
+    activate = tmp_path / "bin/activate"
+    activate.parent.mkdir()
+    activate.write_text(f'PATH="{tmp_path}:$PATH"\n')
+    (tmp_path / "torchrun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    done = subprocess.run(
+        [*container["command"], *container["args"]],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            **{item["name"]: item["value"] for item in container["env"]},
+            **{"MASTER_ADDR": "adadiag-master-0", "MASTER_PORT": "23456", "RANK": "1"},
+            "SHARDED_ADADIAG_PYTHON_ENV": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = done.stdout.splitlines()
+    for expected in (
+        *("--nnodes=2", "--node-rank=1", "--nproc-per-node=8", "--resume"),
+        *("--master-addr=adadiag-master-0", "--master-port=23456", "/shared/runs/60m"),
+        *container["args"],
+    ):
+        assert expected in arguments
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_bash(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    "script", ["torchrun_static.sh", "torchrun_c10d.sh", "torchrun_elastic.sh"]
+)
+def test_a_missing_variable_is_named(script: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "RUN_DIR"}
+    env |= {"MASTER_ADDR": "node-0", "HOST": "node-0", "NODE_RANK": "0"}
+    done = subprocess.run(
+        ["bash", f"launch/{script}"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "RUN_DIR" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_torchrun_without_ranks_is_ended() -> None:
+    """Here torchrun is a program whose child runs for longer than the limit, then
+    nothing; it must be ended after, not before, its child has ended.
+    """
+    program = (
+        "import subprocess, time; subprocess.run(['sleep', '4']);"
+        "print('the child has ended', flush=True); time.sleep(300)"
+    )
+    script = '. launch/end_when_idle.sh; end_when_idle $$ 2 & exec "$@"'
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script, "bash", sys.executable]
+        + ["-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "the child has ended\n"
+    assert "no rank has run on this node for 2 s" in done.stderr
