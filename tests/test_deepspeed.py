@@ -24,14 +24,33 @@ def cells(stage: int) -> list[Cell]:
         Cell("frozen, unused", stage, model={"frozen": True, "unused": True}),
         Cell("client", stage, route="client"),
         Cell("callable", stage, route="callable"),
+        Cell(
+            "groups of their own",
+            stage,
+            route="client",
+            groups=({"lr": 3e-3, "sides": "one"}, {"lr": 1e-3, "weight_decay": 0.0}),
+        ),
         Cell("AdafacDiag", stage, method="AdafacDiag"),
         Cell("HfacDiag", stage, method="HfacDiag"),
         Cell("bf16", stage, BF16),
+        Cell(
+            "scheduler",
+            stage,
+            {
+                "scheduler": {
+                    "type": "WarmupLR",
+                    "params": {"warmup_max_lr": 2e-3, "warmup_num_steps": 2},
+                }
+            },
+        ),
     ]
     if stage in (1, 2):
         found += [
             Cell("round robin", stage, zero={"round_robin_gradients": True}),
             Cell("offload", stage, zero=OFFLOAD),
+            Cell("alignment", stage, zero={"parameter_alignment": True}),
+            Cell("small buckets", stage, zero={"reduce_bucket_size": 64}),
+            Cell("all-reduce", stage, zero={"reduce_scatter": False}),
             Cell("bf16, fp32 sums", stage, BF16_FP32),
         ]
     if stage == 3:
@@ -44,6 +63,7 @@ def cells(stage: int) -> list[Cell]:
                 zero={**OFFLOAD, "offload_param": {"device": "cpu"}},
             ),
             Cell("zero.Init", stage, init=True),
+            Cell("all-reduce", stage, zero={"reduce_scatter": False}),
             Cell("bf16, zero.Init", stage, BF16, init=True),
         ]
     return found
@@ -54,6 +74,8 @@ def cells(stage: int) -> list[Cell]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_weights_are_those_of_one_process(stage, world_size):
     table = cells(stage)
+    if stage == 3 and world_size == 2:
+        table.append(Cell("hpZ", stage, zero={"zero_hpz_partition_size": 2}))
     for results in run_processes(
         world_size, run_cells, world_size, table, timeout_s=240.0
     ):

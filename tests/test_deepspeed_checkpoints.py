@@ -43,7 +43,8 @@ def uninterrupted(
         for name, param in model.named_parameters():
             param.copy_(start[name])
     groups = [
-        {**g, "params": [p for _, p in g["params"]]} for g in sorted_groups(model)
+        {**group, "params": [param for _, param in group["params"]]}
+        for group in sorted_groups(model.named_parameters())
     ]
     reference = ReferenceOptimizer("adadiag", groups, **OPTIONS)
     for step in range(steps):

@@ -12,13 +12,14 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, param_groups
+from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
 from sharded_adadiag.testing.reference import ReferenceOptimizer
 
 STEPS, BATCH, LENGTH, VOCAB, WIDTH = 6, 12, 24, 11, 8
@@ -39,6 +40,7 @@ class Cell:
         route: How the optimizer gets in: "json", "client" or "callable".
         method: Name of the optimizer.
         options: Its options besides `OPTIONS`.
+        groups: Options of the rotated and of the plain group ("client" only).
         init: Build the model under ``deepspeed.zero.Init``.
     """
 
@@ -50,6 +52,7 @@ class Cell:
     route: str = "json"
     method: str = "AdaDiag"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    groups: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     init: bool = False
 
     @property
@@ -106,12 +109,18 @@ def loss_of(model: nn.Module, step: int, rows: slice) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def sorted_groups(model: nn.Module) -> list[dict[str, Any]]:
+def sorted_groups(
+    named: Iterable[tuple[str, nn.Parameter]], cell: Cell | None = None
+) -> list[dict[str, Any]]:
     """By name, as the config file's route does it."""
-    named = list(model.named_parameters())
-    plain = [(n, p) for n, p in named if "embed" in n or "lm_head" in n]
-    rotated = [(n, p) for n, p in named if not ("embed" in n or "lm_head" in n)]
-    return [{"params": rotated}, {"params": plain, "rotate": False}]
+    members: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    for name, param in named:
+        members["embed" not in name and "lm_head" not in name].append((name, param))
+    own = cell.groups if cell else ({}, {})
+    return [
+        {"params": members[True], **own[0]},
+        {"params": members[False], "rotate": False, **own[1]},
+    ]
 
 
 def one_process(cell: Cell) -> dict[str, Tensor]:
@@ -123,11 +132,9 @@ def one_process(cell: Cell) -> dict[str, Tensor]:
             param.copy_(start[name])
     groups = [
         {**group, "params": [p for _, p in group["params"] if p.requires_grad]}
-        for group in sorted_groups(model)
+        for group in sorted_groups(model.named_parameters(), cell)
     ]
     options = {**OPTIONS, **cell.options}
-    for name in ("exclude", "distribution"):
-        options.pop(name, None)
     reference = ReferenceOptimizer(cell.method.lower(), groups, **options)
     trained = [p for p in model.parameters() if p.requires_grad]
     for step in range(STEPS):
@@ -191,7 +198,8 @@ def build(cell: Cell, deepspeed: Any) -> tuple[nn.Module, Any]:
         config["optimizer"] = {"type": cell.method, "params": options}
         kwargs["model_parameters"] = list(model.parameters())
     elif cell.route == "client":
-        kwargs["optimizer"] = CLASSES[cell.method](param_groups(model), **options)
+        groups = sorted_groups(model.named_parameters(), cell)
+        kwargs["optimizer"] = CLASSES[cell.method](groups, **options)
     else:
         kwargs["model_parameters"] = list(model.parameters())
         kwargs["optimizer"] = lambda params: CLASSES[cell.method](params, **options)
@@ -215,14 +223,12 @@ class Follower:
         self.masters = {
             n: nn.Parameter(w.float()) for n, w in named.items() if n in trained
         }
-        rotated = [(n, p) for n, p in self.masters.items() if not _usual(n)]
-        plain = [(n, p) for n, p in self.masters.items() if _usual(n)]
-        groups = [{"params": rotated}, {"params": plain, "rotate": False}]
-        options = {**OPTIONS, **cell.options}
-        options.pop("exclude", None)
-        self.opt = CLASSES[cell.method](groups, **options)
+        groups = sorted_groups(self.masters.items(), cell)
+        self.opt = CLASSES[cell.method](groups, **{**OPTIONS, **cell.options})
 
-    def step(self) -> None:
+    def step(self, lrs: list[float]) -> None:
+        for group, lr in zip(self.opt.param_groups, 2 * lrs):
+            group["lr"] = lr
         from deepspeed.utils import safe_get_full_grad
 
         for name, param in self.model.named_parameters():
@@ -230,10 +236,6 @@ class Follower:
                 grad = param.grad if self.stage == 0 else safe_get_full_grad(param)
                 self.masters[name].grad = grad.detach().float().clone()
         self.opt.step()
-
-
-def _usual(name: str) -> bool:
-    return "embed" in name or "lm_head" in name
 
 
 def train(cell: Cell, deepspeed: Any) -> dict[str, float]:
@@ -246,7 +248,7 @@ def train(cell: Cell, deepspeed: Any) -> dict[str, float]:
     advance(engine, cell, range(STEPS), follower)
     got = full_weights(model, deepspeed)
     result = {}
-    if cell.precision == "fp32":
+    if cell.precision == "fp32" and "scheduler" not in cell.config:
         want = one_process(cell)
         result["one process"] = largest(got, want)
     if follower is not None:
@@ -267,7 +269,7 @@ def advance(
             loss = loss_of(engine, cell.accumulation * step + part, rows)
             engine.backward(loss)
             if part == cell.accumulation - 1 and follower is not None:
-                follower.step()
+                follower.step(engine.get_lr())
             engine.step()
 
 
