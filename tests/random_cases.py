@@ -97,7 +97,7 @@ def shapes(smallest: int) -> Any:
 
 @st.composite
 def parameters(draw: Any, layout: str, mesh: tuple[int, ...], meaning: Any) -> Any:
-    """1 to 4 parameters. `meaning` gives strategies for shapes and kinds of gradients."""
+    """1 to 4 parameters; `meaning` has strategies for shapes and gradients."""
     steps = draw(st.integers(3, 6))
     count = draw(st.integers(1, 4))
     made = []
