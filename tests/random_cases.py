@@ -20,7 +20,8 @@ from sharded_adadiag.integrations.parameters import local
 CLASSES = {"AdaDiag": AdaDiag, "AdafacDiag": AdafacDiag, "HfacDiag": HfacDiag}
 PERIOD = 2
 # Random, of full rank unless the name says otherwise, or what breaks a formula.
-KINDS = ("full", "full", "full", "rank one", "zero", "identity", "one entry", "nan")
+HARD = ("rank one", "rank three", "orthogonal", "identity", "one entry", "zero")
+KINDS = ("full",) * 4 + HARD + ("nan",)
 SCALES = (1.0, 1.0, 1e-3, 1e3, 1e-30, 1e30)
 
 
@@ -219,16 +220,24 @@ def gradient(case: RandomCase, i: int, step: int) -> Tensor | None:
     if kind is None:
         return None
     matrix = full.reshape(matrix_shape(param.shape))
+    rows, cols = matrix.shape
     if kind == "rank one":
         matrix = torch.outer(matrix.sum(1), matrix.sum(0))
-    elif kind == "zero":
-        matrix = torch.zeros_like(matrix)
+    elif kind == "rank three":
+        matrix = (
+            matrix[:, :3] @ matrix[:3, :].flip(1) if min(rows, cols) > 2 else matrix
+        )
+    elif kind == "orthogonal":  # all singular values are one
+        matrix = torch.linalg.qr(noise(step, (12, 12))).Q[:rows, :cols]
+        matrix = torch.nn.functional.pad(matrix, (0, cols - matrix.shape[1]))
     elif kind == "identity":
-        matrix = torch.eye(*matrix.shape, dtype=matrix.dtype)
+        matrix = torch.eye(rows, cols, dtype=matrix.dtype)
     elif kind == "one entry":
         matrix = torch.zeros_like(matrix)
         matrix.view(-1)[-1:] = 1.0
-    elif kind == "nan" and step > 0:
+    elif kind == "zero":
+        matrix = torch.zeros_like(matrix)
+    elif kind == "nan":
         matrix = matrix.clone()
         matrix.view(-1)[-1:] = math.nan
     return (case.scale * 0.1 * matrix).reshape(param.shape).to(case.dtype)
