@@ -215,3 +215,32 @@ def test_an_ignored_entry_spoils_its_own_parameter_only(layout, world_size, meth
         assert ran[0] == ""
         assert finite[1:] == [True, True, True]
         assert layout == "ddp" or not finite[0]
+
+
+def transposed(tensor):
+    """The same entries, in the other order in memory."""
+    return tensor.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("weights_too", [False, True])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("basis", ["svd", "eigh"])
+@pytest.mark.parametrize("method", CLASSES)
+def test_the_order_in_memory_does_not_matter(method, basis, rotate, weights_too):
+    """Shapes that fill torch's CPU kernel exactly, and others."""
+    shapes = [(8, 8), (2, 10), (10, 12), (4, 2, 4, 4)]
+    runs = []
+    for order in (torch.Tensor.contiguous, transposed):
+        kept = order if weights_too else torch.Tensor.contiguous
+        params = [kept(torch.ones(s, dtype=torch.float64)) for s in shapes]
+        group = {"params": params, "rotate": rotate}
+        opt = CLASSES[method]([group], lr=LR, basis=basis, refresh_every=PERIOD)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            for param in params:
+                grad = torch.randn(param.shape, generator=generator).to(param)
+                param.grad = order(grad)
+            opt.step()
+        runs.append(params)
+    for a, b in zip(*runs):
+        assert_equal(a, b)
