@@ -290,6 +290,8 @@ class Engine:
                 entry.region.shape, dtype=entry.facts.dtype, device=entry.param.device
             )
         piece = grad.reshape(entry.region.shape).to(entry.facts.dtype)
+        # The order in memory decides how a product rounds, and is lost on the way.
+        piece = piece.contiguous()
         return -piece if self.options_of(matrix, options).maximize else piece
 
     def _update_owned(

@@ -46,7 +46,7 @@ def plain_update(
             entry.param.device,
             (entry.param.dtype, grad.dtype, moment.dtype),
             int(state["step"]),
-            _needs_padding(grad),
+            _needs_flattening(_tensors(entry)),
         )
         groups.setdefault(key, []).append(entry)
     for alike in groups.values():
@@ -55,7 +55,7 @@ def plain_update(
         same = entry.param.dtype == local(state["exp_avg_sq"]).dtype
         update = _adamw if same and "exp_avg" in state else _by_direction
         tensors = [_tensors(entry) for entry in alike]
-        if _needs_padding(tensors[0]["grad"]):
+        if _needs_flattening(tensors[0]):
             whole = {name: _joined([t[name] for t in tensors]) for name in tensors[0]}
             update([whole], group, int(state["step"]))
             for name, value in whole.items():
@@ -73,8 +73,13 @@ def _tensors(entry: Entry) -> dict[str, Tensor]:
     return {"param": entry.param, "grad": grad, **state}
 
 
-def _needs_padding(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.numel() % VECTOR_NUMEL != 0
+def _needs_flattening(tensors: dict[str, Tensor]) -> bool:
+    """Whether torch's CPU kernel, which walks through memory, cannot take them."""
+    param = tensors["param"]
+    if param.device.type != "cpu":
+        return False
+    alike = all(tensor.stride() == param.stride() for tensor in tensors.values())
+    return not alike or param.numel() % VECTOR_NUMEL != 0
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -320,3 +320,22 @@ def test_auto_leaves_replicas_to_their_owners():
     owner = owner_route(matrix, 0, **sides)
     other = broadcast_route(matrix, 0, basis="svd", **sides)
     assert choose([Candidate(matrix, owner, other, 256, 4352, 200)], 2) == ["owner"]
+
+
+@pytest.mark.parametrize("basis", ["svd", "eigh"])
+@pytest.mark.parametrize("left,right", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "shape,layout",
+    [((1, 4), (Box(0, 1, 0, 4), EMPTY)), ((9, 1), (full(9, 1), Box(0, 9, 1, 1)))],
+    ids=["wide", "tall"],
+)
+def test_a_rank_without_entries_has_sums_of_the_same_length_as_the_others(
+    shape, layout, left, right, basis
+):
+    """One rank holds the whole matrix, so its storage is row blocks, whoever cut it."""
+    _, _, route = routes(*shape, layout, left, right, basis)
+    working = [stage for stage in route.stages if stage.split != "none"]
+    assert working
+    for stage in working:
+        undivided = 1 if stage.split == "rows" else 0
+        assert {box.shape[undivided] for box in stage.layout} == {shape[undivided]}

@@ -117,7 +117,9 @@ def inverse_sqrt_of_factors(r: Tensor, s: Tensor) -> Sums[Tensor]:
     """
     (total,) = yield [PartialSum(r.sum(), "rows")]
     # Normalised first: r and s alone may be too small for their product.
-    return torch.outer((r / total).rsqrt_(), s.rsqrt())
+    rows = (r / total).rsqrt_()
+    # Squares that overflow stop a matrix, as they do under Adam: x / inf is 0.
+    return torch.outer(rows.where(total.isfinite(), 0.0), s.rsqrt())
 
 
 def clip(

@@ -207,15 +207,17 @@ def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:
     Args:
         piece: The entries of ``held``, in its shape.
         held: A region.
-        wanted: A region inside it.
+        wanted: A region inside it, or an empty one.
         cols: Columns of the full matrix.
 
     Returns:
         A view with the shape of ``wanted``.
     """
     if isinstance(wanted, Box) and isinstance(held, Box):
-        row, col = wanted.row_start - held.row_start, wanted.col_start - held.col_start
         rows, width = wanted.shape
+        if wanted.numel == 0:
+            return piece.new_empty(wanted.shape)
+        row, col = wanted.row_start - held.row_start, wanted.col_start - held.col_start
         return piece[row : row + rows, col : col + width]
     inside, around = as_flat(wanted, cols), as_flat(held, cols)
     start = inside.start - around.start

@@ -123,17 +123,27 @@ def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     return tuple(Box(0, rows, a, b) for a, b in pairs)
 
 
-def spread(layout: Layout, *, by_rows: bool) -> Layout:
+def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
     """Every piece divided among the ranks that hold it.
 
+    A rank without entries still takes part in sums along the dimension that is not
+    divided, so its empty block gets the full length there.
+
     Args:
-        layout: Boxes.
-        by_rows: Divide into row blocks rather than column blocks.
+        layout: Blocks of whole rows, or of whole columns; empty ones of any shape.
+        rows: Of the matrix.
+        cols: Of the matrix.
+        by_rows: They are row blocks rather than column blocks.
 
     Returns:
         A layout without replicas; a piece that only one rank holds stays whole.
     """
-    result: list[Region] = list(layout)
+    side, length = (1, cols) if by_rows else (0, rows)
+    nothing = Box(0, 0, 0, cols) if by_rows else Box(0, rows, 0, 0)
+    result: list[Region] = [
+        region if isinstance(region, Box) and region.shape[side] == length else nothing
+        for region in layout
+    ]
     for piece, ranks in holders(layout).items():
         assert isinstance(piece, Box)
         blocks = even_blocks(*piece.shape, len(ranks), by_rows=by_rows)

@@ -130,10 +130,11 @@ def broadcast_route(
     # Replicas of a piece share its work: each takes a part of it, without a move, and
     # on the way back they exchange their parts of the update.
     first = Stage(matrix.layout, "none")
+    whole = matrix.layout, matrix.rows, matrix.cols
     if storage is Storage.ROWS:
-        rows = Stage(spread(matrix.layout, by_rows=True), "rows")
+        rows = Stage(spread(*whole, by_rows=True), "rows")
     elif storage is Storage.COLS:
-        cols = Stage(spread(matrix.layout, by_rows=False), "cols")
+        cols = Stage(spread(*whole, by_rows=False), "cols")
     # A stage per rotation, the one that needs no hop first.
     order = [(rows, "right", right), (cols, "left", left)]
     if storage is Storage.COLS:
