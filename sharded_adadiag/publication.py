@@ -132,7 +132,8 @@ def raise_on_mismatch(published: list[Published]) -> None:
         if len(described) != len(first):
             raise ValueError(
                 f"rank 0 has {len(first)} trainable parameters and rank {rank} has "
-                f"{len(described)}; every rank of the group must pass the same ones"
+                f"{len(described)}; every rank of the group must pass the same ones "
+                "(pipeline stages and experts: each with its own process_group=)"
             )
         for i, ((facts, _), wanted) in enumerate(zip(described, first)):
             if facts != wanted:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from test_layouts import build, fsdp1, loss_of, make, mesh_of, train, wrapped
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -176,3 +177,26 @@ def gathered_module(rank: int) -> str:
 def test_an_optimizer_of_gathered_parameters_is_refused():
     for message in run_threads(2, gathered_module):
         assert "fully_shard has gathered" in message and "reshard()" in message
+
+
+def stage_of_a_pipeline(rank: int) -> str:
+    """Two stages, each on a 2-D mesh of its own."""
+    mesh = init_device_mesh(
+        "cpu", (2, 2, 2), mesh_dim_names=("stage", "replicate", "shard")
+    )
+    own = mesh["replicate", "shard"]
+    model = wrapped(build(), mesh=own)
+    opt = make(model)
+    loss_of(model, rank, 0).backward()
+    with pytest.raises(ValueError) as caught:
+        opt.step()
+    first = rank // 4 * 4
+    groups = [dist.new_group(range(start, start + 4)) for start in (0, 4)]
+    train(rank, model, make(model, process_group=groups[first // 4]))
+    return str(caught.value)
+
+
+def test_a_pipeline_stage_on_a_2d_mesh_needs_a_group_and_works_with_one():
+    messages = run_threads(8, stage_of_a_pipeline)
+    assert "ranks [0, 1, 2, 3] of 8" in messages[0] and "process_group=" in messages[0]
+    assert "ranks [4, 5, 6, 7] of 8" in messages[7]

@@ -209,6 +209,9 @@ def find_group(
         The mesh's group if all DTensors share a 1-D mesh; the default group if they
         do not (HSDP, several meshes) and for FSDP1; None for plain tensors (one
         process, or replicas that each compute everything).
+
+    Raises:
+        ValueError: If several meshes, or one of more dimensions, leave ranks out.
     """
     if group is not None:
         return group
@@ -221,6 +224,13 @@ def find_group(
         (mesh,) = meshes
         if mesh.ndim == 1:
             return mesh.get_group()
+    ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
+    if meshes and len(ranks) < dist.get_world_size():
+        raise ValueError(
+            f"the parameters live on ranks {ranks} of {dist.get_world_size()}, and no "
+            "single mesh dimension has all of these (a pipeline stage, say); pass "
+            "process_group=, a group of just these ranks"
+        )
     return dist.group.WORLD
 
 
