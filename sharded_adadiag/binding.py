@@ -138,14 +138,8 @@ class Binding:
         """Every tensor in the groups that is trained."""
         found = []
         for group in self.optimizer.param_groups:
-            named = self.originals.named(group)
-            current = group["params"]
-            if len(current) != len(named):
-                # DeepSpeed keeps trained parameters only, whole or in flat tensors.
-                named = [(n, p, known) for n, p, known in named if p.requires_grad]
-            for i, param in enumerate(current):
+            for name, param, usual in self.originals.current(group):
                 flat = self.originals.is_flat(param, group)
-                name, usual = ("", False) if flat else (named[i][0], named[i][2])
                 rotate = self.exclusion.rotates(name, by_usual_names=usual)
                 if is_trained(param):
                     found.append(_Found(name, param, group, rotate, flat))

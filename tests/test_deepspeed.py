@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from zero_cells import Cell, run_cells
+from zero_cells import Cell, collectives_per_call, run_cells
 
 from sharded_adadiag.testing.ranks import run_processes
 
@@ -84,3 +84,39 @@ def test_the_weights_are_those_of_one_process(stage, world_size):
             assert result["moved"] > 5e-3, cell.name
             assert result.get("follower", 0.0) == 0.0, (cell.name, result)
             assert result.get("one process", 0.0) <= 1e-6, (cell.name, result)
+
+
+@pytest.mark.multiprocess
+def test_a_call_of_step_makes_two_fused_all_to_alls():
+    """However many matrices there are, and none for a call that has none."""
+    table = [
+        Cell("1", 1),
+        Cell("2", 2),
+        Cell("3", 3),
+        Cell("3 sub-groups", 3, zero={"sub_group_size": 100}),
+        Cell("bf16, fp32 sums", 1, BF16_FP32),
+        Cell("groups", 2, route="client"),
+    ]
+    exchange = ("all_reduce_max_", "all_to_all", "all_to_all")
+    for found in run_processes(3, collectives_per_call, 3, table):
+        for cell, calls in zip(table, found, strict=True):
+            assert exchange in calls, cell.name
+            assert calls <= {exchange, exchange[:1]}, cell.name
+
+
+def main() -> None:
+    """Print the table of largest differences."""
+    print("| stage | precision | setting | 2 ranks | 3 ranks |")
+    print("| --- | --- | --- | --- | --- |")
+    for stage in range(4):
+        runs = [run_processes(n, run_cells, n, cells(stage))[0] for n in (2, 3)]
+        for cell in cells(stage):
+            told = []
+            for run in runs:
+                kinds = {k: v for k, v in run[cell.name].items() if k != "moved"}
+                told.append(", ".join(f"{v:.1e} ({k})" for k, v in kinds.items()))
+            print(f"| {stage} | {cell.precision} | {cell.name} | {' | '.join(told)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -286,3 +286,40 @@ def run_cells(rank: int, world_size: int, cells: list[Cell]) -> dict[str, Any]:
         results[cell.name] = train(cell, deepspeed)
         print(cell.stage, cell.name, results[cell.name], file=sys.stderr, flush=True)
     return results
+
+
+def collectives_per_call(rank: int, world_size: int, cells: list[Cell]) -> list[set]:
+    """What one call of the optimizer's ``step`` makes, once everything is planned."""
+    from sharded_adadiag.comm.collectives import ProcessGroup
+    from sharded_adadiag.optimizer import RotatedOptimizer
+
+    deepspeed = start_deepspeed(rank, world_size)
+    made: list[str] = []
+    calls: list[tuple[str, ...]] = []
+
+    def counted(name: str, real: Any) -> Any:
+        def collective(self: Any, *args: Any) -> Any:
+            made.append(name)
+            return real(self, *args)
+
+        return collective
+
+    for name in ("all_to_all", "all_reduce_max_", "all_reduce_sum_"):
+        setattr(ProcessGroup, name, counted(name, getattr(ProcessGroup, name)))
+    real_step = RotatedOptimizer.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        made.clear()
+        result = real_step(self, closure)
+        calls.append(tuple(made))
+        return result
+
+    RotatedOptimizer.step = step  # type: ignore[method-assign]
+    found = []
+    for cell in cells:
+        _, engine = build(cell, deepspeed)
+        advance(engine, cell, range(1))
+        calls.clear()
+        advance(engine, cell, range(1, 3))
+        found.append(set(calls))
+    return found

@@ -112,6 +112,22 @@ class Originals:
             for i, p in enumerate(params)
         ]
 
+    def current(self, group: dict[str, Any]) -> Named:
+        """The same of what is in the group now; flat tensors have no name."""
+        named = self.named(group)
+        own = {param: (name, known) for name, param, known in named}
+        trained = [(name, known) for name, param, known in named if param.requires_grad]
+        # At stage 0 in low precision, float32 copies stand for the trained ones.
+        copies = len(group["params"]) == len(trained)
+        found = []
+        for i, param in enumerate(group["params"]):
+            name, known = "", False
+            if not self.is_flat(param, group):
+                other = trained[i] if copies else (f"parameter {i}", False)
+                name, known = own.get(param, other)
+            found.append((name, param, known))
+        return found
+
     def _learn_names(self, params: list[Tensor]) -> None:
         """Ask DeepSpeed for names it may forget: it does when any engine is deleted."""
         debug = sys.modules.get("deepspeed.utils.debug")
