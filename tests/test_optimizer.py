@@ -275,7 +275,7 @@ BAD_OPTIONS = {
     "noise_floor": -1.0,
     "nonfinite": "hide",
     "state_dtype": torch.int32,
-    "rotation_dtype": "float32",
+    "rotation_dtype": "float12",
     "distribution": "everyone",
     "maximize": "yes",
 }
