@@ -18,7 +18,6 @@ checkpoint of DIR, on as many ranks with the same numbers, bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -37,17 +36,10 @@ import starting
 from batches import Batches, BatchShape, prepare_data, validation_batches
 from llama import build_model, token_loss, validation_loss
 from metrics import Line, Metrics, Stopwatch, plot_losses, read_lines
-from settings import Settings, parse
+from settings import Settings
 from torch import Tensor
 
 import sharded_adadiag  # noqa: F401 - makes "AdaDiag" known to DeepSpeed
-
-# Settings for which DeepSpeed has a place in its config file, or no use.
-NO_FLAGS = (
-    *("optimizer", "lr", "betas", "eps", "weight_decay", "refresh_every", "warmup"),
-    *("distribution", "basis", "on_refresh", "batch", "micro_batch", "precision"),
-    *("grad_clip", "device", "keep_last"),
-)
 
 
 @dataclasses.dataclass
@@ -96,15 +88,6 @@ class Run:
         self.ranks.say(f"continuing from {found}")
 
 
-def read_arguments(argv: Sequence[str] | None) -> tuple[str, Settings]:
-    """The path of the config file, and the settings it leaves to flags."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--deepspeed_config", required=True, help="DeepSpeed's JSON file")
-    own.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher")
-    settings = parse(argv, without=NO_FLAGS, parents=[own])
-    return own.parse_known_args(argv)[0].deepspeed_config, settings
-
-
 def choose_folder(settings: Settings, here: ranks.Ranks) -> Path:
     if settings.run_dir is None:
         now = time.strftime("%Y%m%d-%H%M%S")
@@ -118,12 +101,12 @@ def choose_folder(settings: Settings, here: ranks.Ranks) -> Path:
     return folder
 
 
-def build_run(config: str, settings: Settings, here: ranks.Ranks) -> Run:
+def build_run(config: Path, settings: Settings, here: ranks.Ranks) -> Run:
     folder = choose_folder(settings, here)
     model = build_model(settings)
     num_parameters = sum(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config
+        model=model, model_parameters=model.parameters(), config=str(config)
     )
     settings = dataclasses.replace(
         settings,
@@ -224,7 +207,7 @@ def report(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, settings = read_arguments(argv)
+    config, settings = starting.read_arguments(argv)
     if settings.data != "c4":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
