@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from c4 import Texts
-from corpus import encode
+from c4 import Texts, open_c4, prepare_c4
+from corpus import Corpus, encode, prepare_files
 from ranks import Ranks
+from settings import Settings
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -143,6 +144,38 @@ class StreamBatches:
         self._texts.load_state_dict(state["texts"])
         self._leftover = state["leftover"].numpy().astype(np.uint16)
         self._chunks = None
+
+
+def prepare_data(
+    settings: Settings, here: Ranks, shape: BatchShape
+) -> tuple[Corpus, Batches]:
+    """The corpus, tokenized by the first process of each machine if need be."""
+
+    def prepare(*, build: bool) -> Corpus:
+        if settings.data == "c4":
+            windows = settings.val_batches * settings.batch
+            return prepare_c4(
+                vocab=settings.vocab,
+                cache_dir=settings.cache_dir,
+                val_tokens=windows * settings.sequence + 1,
+                build=build,
+            )
+        return prepare_files(
+            settings.data,
+            vocab=settings.vocab,
+            cache_dir=settings.cache_dir,
+            max_mb=settings.max_mb,
+            build=build,
+        )
+
+    if here.local_rank == 0:
+        prepare(build=True)
+    here.wait()
+    corpus = prepare(build=False)
+    if settings.data == "c4":
+        texts = open_c4("train")
+        return corpus, StreamBatches(texts, corpus.tokenizer(), shape, here)
+    return corpus, WindowBatches(corpus.tokens("train"), shape, seed=settings.seed)
 
 
 def validation_batches(

@@ -26,15 +26,7 @@ from typing import NoReturn
 import checkpoints
 import ranks
 import torch
-from batches import (
-    Batches,
-    BatchShape,
-    StreamBatches,
-    WindowBatches,
-    validation_batches,
-)
-from c4 import open_c4, prepare_c4
-from corpus import Corpus, prepare_files
+from batches import Batches, BatchShape, prepare_data, validation_batches
 from llama import backward, build_model, shard, validation_loss
 from metrics import Line, Metrics, Stopwatch, plot_losses, read_lines
 from optimizers import build_optimizer, build_schedule
@@ -106,38 +98,6 @@ class Run:
                 " batches and schedule, but sums in another order; a new rank's random"
                 " numbers are seeded from --seed, the step and the rank"
             )
-
-
-def prepare_data(
-    settings: Settings, here: ranks.Ranks, shape: BatchShape
-) -> tuple[Corpus, Batches]:
-    """The corpus, tokenized by the first process of each machine if need be."""
-
-    def prepare(*, build: bool) -> Corpus:
-        if settings.data == "c4":
-            windows = settings.val_batches * settings.batch
-            return prepare_c4(
-                vocab=settings.vocab,
-                cache_dir=settings.cache_dir,
-                val_tokens=windows * settings.sequence + 1,
-                build=build,
-            )
-        return prepare_files(
-            settings.data,
-            vocab=settings.vocab,
-            cache_dir=settings.cache_dir,
-            max_mb=settings.max_mb,
-            build=build,
-        )
-
-    if here.local_rank == 0:
-        prepare(build=True)
-    here.wait()
-    corpus = prepare(build=False)
-    if settings.data == "c4":
-        texts = open_c4("train")
-        return corpus, StreamBatches(texts, corpus.tokenizer(), shape, here)
-    return corpus, WindowBatches(corpus.tokens("train"), shape, seed=settings.seed)
 
 
 def choose_folder(settings: Settings, here: ranks.Ranks) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,20 +183,31 @@ class Settings:
         ]
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
-    """The settings of a command line; what it leaves out comes from the preset."""
+def parse(
+    argv: Sequence[str] | None = None,
+    *,
+    without: Collection[str] = (),
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> Settings:
+    """The settings of a command line; what it leaves out comes from the preset.
+
+    `without` names settings that are no flags of the program, `parents` have flags
+    that are not settings.
+    """
     parser = argparse.ArgumentParser(
         prog="pretrain_llama.py",
-        description="Pretrains a LLaMA with FSDP2 and an optimizer of sharded_adadiag.",
+        description="Pretrains a LLaMA with an optimizer of sharded_adadiag.",
+        parents=parents,
     )
-    fields = dataclasses.fields(Settings)
+    fields = [f for f in dataclasses.fields(Settings) if f.name not in without]
     for field in fields:
         flag = "--" + field.name.replace("_", "-")
         # SUPPRESS leaves the default to the dataclass, so that it is said once.
         parser.add_argument(
             flag, default=argparse.SUPPRESS, **field.metadata["arguments"]
         )
-    given = vars(parser.parse_args(argv))
+    arguments = vars(parser.parse_args(argv))
+    given = {f.name: arguments[f.name] for f in fields if f.name in arguments}
     preset = PRESETS[given.get("model", "small")]
     values = {**dataclasses.asdict(preset), **given}
     if values.get("optimizer") == "adamw" and "refresh_every" not in given:

@@ -16,13 +16,16 @@ import sharded_adadiag  # noqa: F401 - registers the optimizers
 
 
 def main() -> None:
-    """Run the script that the first argument names, with the other arguments."""
-    if len(sys.argv) < 2:
+    """Run the script that the arguments name, with the other arguments."""
+    # Not always the first: `deepspeed --module` puts its --local_rank before it.
+    place = next((i for i, a in enumerate(sys.argv) if i and a[:1] != "-"), None)
+    if place is None:
         sys.exit("usage: python -m sharded_adadiag.run SCRIPT [ARGUMENTS]")
-    del sys.argv[0]
+    script = sys.argv.pop(place)
+    sys.argv[0] = script
     # As `python SCRIPT` does: its folder comes first on the path.
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
