@@ -1,10 +1,24 @@
 """AdaDiag, AdafacDiag and HfacDiag, sharded over ranks."""
 
+from sharded_adadiag.checkpoint.named import named_state_dict
+from sharded_adadiag.checkpoint.portable import (
+    load_portable_state_dict,
+    portable_state_dict,
+)
 from sharded_adadiag.grouping import param_groups
 from sharded_adadiag.integrations.registration import register
 from sharded_adadiag.optimizer import AdaDiag, AdafacDiag, HfacDiag
 from sharded_adadiag.report import Report
 
-__all__ = ["AdaDiag", "AdafacDiag", "HfacDiag", "Report", "param_groups"]
+__all__ = [
+    "AdaDiag",
+    "AdafacDiag",
+    "HfacDiag",
+    "Report",
+    "load_portable_state_dict",
+    "named_state_dict",
+    "param_groups",
+    "portable_state_dict",
+]
 
 register(AdaDiag, AdafacDiag, HfacDiag)

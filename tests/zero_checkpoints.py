@@ -26,9 +26,10 @@ from zero_cells import (
     weights,
 )
 
-from sharded_adadiag import AdaDiag, param_groups
-from sharded_adadiag.checkpoint.portable import (
+from sharded_adadiag import (
+    AdaDiag,
     load_portable_state_dict,
+    param_groups,
     portable_state_dict,
 )
 

@@ -3,7 +3,7 @@
     python examples/benchmarks/loads.py --mesh 2x2 2x4 4 8
 
 A mesh is the number of shards (FSDP2), or replicas x shards (HSDP). The 60M LLaMA is on
-the meta device and the ranks are threads, so no weight is stored and no step is made.
+the meta device, so no weight is stored and no step is made.
 The load of a rank is the work it does per step, bases included, over the mean.
 """
 
@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sharded_adadiag import AdaDiag, Report, param_groups
-from sharded_adadiag.testing.ranks import run_threads
 
 LAYERS, HIDDEN, FFN, VOCAB, PERIOD = 8, 512, 1376, 32000, 200
 
 
-def plan(rank: int, sizes: tuple[int, ...], distribution: str) -> Report:
-    """The report of one rank; all have the same."""
+def plan(sizes: tuple[int, ...], distribution: str) -> Report:
+    """The report; all ranks have the same."""
     names = ("replicate", "shard")[-len(sizes) :]
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     shapes = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, FFN)] * 2 + [(FFN, HIDDEN)]
@@ -37,6 +41,24 @@ def plan(rank: int, sizes: tuple[int, ...], distribution: str) -> Report:
     fully_shard(model, mesh=mesh)
     opt = AdaDiag(param_groups(model), refresh_every=PERIOD, distribution=distribution)
     return opt.describe()
+
+
+def worker(
+    rank: int, sizes: tuple[int, ...], distribution: str, store: str, queue: Any
+) -> None:
+    """One rank: a gloo process."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=torch.Size(sizes).numel(),
+    )
+    report = plan(sizes, distribution)
+    if rank == 0:
+        queue.put(report)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def table(report: Report) -> list[str]:
@@ -66,8 +88,14 @@ def main() -> None:
     arguments = parser.parse_args()
     for mesh in arguments.mesh:
         sizes = tuple(int(size) for size in mesh.split("x"))
-        ranks = torch.Size(sizes).numel()
-        report = run_threads(ranks, plan, sizes, arguments.distribution)[0]
+        queue = mp.get_context("spawn").SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            parameters = (sizes, arguments.distribution, store, queue)
+            ranks = torch.Size(sizes).numel()
+            # The report fits in the queue's pipe, so it may wait there for this join.
+            mp.spawn(worker, parameters, nprocs=ranks)
+        report = queue.get()
         owned = sum(r.matrices for r in report.ranks)
         print(f"\n### {mesh}: {owned} bases, each computed once in the mesh\n")
         print("\n".join(table(report)))

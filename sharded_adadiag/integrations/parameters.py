@@ -131,6 +131,20 @@ def logical_shape(param: Tensor, name: str = "parameter") -> tuple[int, ...]:
     return tuple(param.shape) if flat is None else flat[0]
 
 
+def view_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a parameter's matrix view; a vector is one row.
+
+    Args:
+        shape: Its logical shape.
+
+    Returns:
+        The first dimension, and all others.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
 def holding(param: Tensor, name: str) -> Holding:
     """Where this rank's entries of a parameter are in its matrix view.
 
@@ -145,8 +159,7 @@ def holding(param: Tensor, name: str) -> Holding:
         NotImplementedError: For a layout that is not one box of the matrix view.
     """
     shape = logical_shape(param, name)
-    rows = shape[0] if len(shape) > 1 else 1
-    cols = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    rows, cols = view_shape(shape)
     flat = remembered(param, name)
     if flat is not None:
         return Holding(shape, rows, cols, flat[1])

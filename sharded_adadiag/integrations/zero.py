@@ -20,7 +20,6 @@ stage 1 and 2 optimizer ``elastic_checkpoint``; ``deepspeed.utils.debug.param_na
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from types import FrameType
 from typing import Any
@@ -30,8 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_adadiag.algorithm.matrixize import matrix_shape
-from sharded_adadiag.integrations.parameters import Holding, Piece
+from sharded_adadiag.integrations.parameters import Holding, Piece, view_shape
 from sharded_adadiag.plan.geometry import FlatRange
 
 STATE_KEY = "adadiag"
@@ -259,8 +257,7 @@ def pieces(
     """
 
     def piece(part: Slice) -> Piece:
-        shape = part.shape
-        rows, cols = matrix_shape(shape) if len(shape) > 1 else (1, math.prod(shape))
+        held = Holding(part.shape, *view_shape(part.shape), part.region)
 
         def state() -> dict[str, Any]:
             own: dict[str, Any] = optimizer.state[flat].setdefault(STATE_KEY, {})
@@ -269,7 +266,7 @@ def pieces(
         return Piece(
             name=part.name,
             dtype=flat.dtype,
-            holding=Holding(shape, rows, cols, part.region),
+            holding=held,
             group=group,
             rotate=rotates[part.name],
             find_param=lambda: part.of(flat),
