@@ -181,7 +181,13 @@ def test_scripts_are_bash(script: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["torchrun_static.sh", "torchrun_c10d.sh", "torchrun_elastic.sh"]
+    "script",
+    [
+        "torchrun_static.sh",
+        "torchrun_c10d.sh",
+        "torchrun_elastic.sh",
+        "deepspeed_hostfile.sh",
+    ],
 )
 def test_a_missing_variable_is_named(script: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RUN_DIR"}
@@ -191,6 +197,43 @@ def test_a_missing_variable_is_named(script: str) -> None:
     )
     assert done.returncode != 0
     assert "RUN_DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "where, expected",
+    [
+        ({}, ["--launcher", "pdsh", "--force_multi"]),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, ["--no_ssh", "--node_rank", "1"]),
+    ],
+)
+def test_the_hostfile_goes_to_deepspeeds_launcher(
+    where: dict[str, str], expected: list[str], tmp_path: Path
+) -> None:
+    """A stand-in for `deepspeed` prints its arguments."""
+    activate = tmp_path / "bin/activate"
+    activate.parent.mkdir()
+    activate.write_text(f'PATH="{tmp_path}:$PATH"\n')
+    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=1\nb slots=1\n")
+    env = {**os.environ, **where, "SHARDED_ADADIAG_PYTHON_ENV": str(tmp_path)}
+    env |= {"HOSTFILE": str(hosts), "RUN_DIR": str(tmp_path / "run")}
+    done = subprocess.run(
+        ["bash", "launch/deepspeed_hostfile.sh", "--steps", "7"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = done.stdout.splitlines()
+    script = arguments.index("examples/deepspeed/pretrain_llama.py")
+    for expected_flag in (*expected, "--hostfile", str(hosts)):
+        assert expected_flag in arguments[:script]
+    config = arguments[arguments.index("--deepspeed_config") + 1]
+    assert (ROOT / config).is_file()
+    assert arguments[-4:] == [str(tmp_path / "run"), "--resume", "--steps", "7"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
