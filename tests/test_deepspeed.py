@@ -11,6 +11,7 @@ pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed"
 
 BF16 = {"bf16": {"enabled": True}}
 BF16_FP32 = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 6}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -33,6 +34,7 @@ def cells(stage: int) -> list[Cell]:
         Cell("AdafacDiag", stage, method="AdafacDiag"),
         Cell("HfacDiag", stage, method="HfacDiag"),
         Cell("bf16", stage, BF16),
+        Cell("fp16", stage, FP16),
         Cell(
             "scheduler",
             stage,
