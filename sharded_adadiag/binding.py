@@ -88,7 +88,7 @@ class Binding:
         missing = any(p not in self._planned for p in current if is_trained(p))
         if engine is None or missing:
             found = self._found()
-            engine = engine or self._start(found)
+            engine = engine or self._start(found, current)
             new = [f for f in found if f.param not in self._planned]
             one_by_one = not together and any(f.flat for f in new)
             for batch in [[f] for f in new] if one_by_one else [new]:
@@ -145,9 +145,9 @@ class Binding:
                     found.append(_Found(name, param, group, rotate, flat))
         return found
 
-    def _start(self, found: list[_Found]) -> Engine:
+    def _start(self, found: list[_Found], current: list[Tensor]) -> Engine:
         """An engine over the ranks that hold the parameters between them."""
-        if not found and any(p.requires_grad for p in self.originals.all()):
+        if not current and any(p.requires_grad for p in self.originals.all()):
             raise RuntimeError(
                 "DeepSpeed hands its parameters to the optimizer when it steps; make a "
                 "step first"
@@ -158,8 +158,7 @@ class Binding:
                 "the param groups are divided among different ranks (experts of their "
                 "own); give each such group an optimizer of its own"
             )
-        everything = [f.param for f in found]
-        group = groups[0] if groups else find_group(everything, self.process_group)
+        group = groups[0] if groups else find_group(current, self.process_group)
         self._engine = Engine(self.method, communicator(group), self.distribution)
         return self._engine
 

@@ -200,3 +200,17 @@ def test_a_pipeline_stage_on_a_2d_mesh_needs_a_group_and_works_with_one():
     messages = run_threads(8, stage_of_a_pipeline)
     assert "ranks [0, 1, 2, 3] of 8" in messages[0] and "process_group=" in messages[0]
     assert "ranks [4, 5, 6, 7] of 8" in messages[7]
+
+
+def frozen_on_one_rank(rank: int) -> str:
+    model = wrapped(build())
+    if rank == 1:
+        model.requires_grad_(False)
+    with pytest.raises(ValueError) as caught:
+        make(model).describe()
+    return str(caught.value)
+
+
+def test_a_rank_that_trains_nothing_is_told_with_the_others():
+    messages = set(run_threads(2, frozen_on_one_rank))
+    assert len(messages) == 1 and "rank 1 has 0" in messages.pop()
