@@ -81,7 +81,9 @@ class RotatedOptimizer(Optimizer):
         distribution: ``"owner"`` (each matrix is computed by one rank),
             ``"broadcast"`` (each rank computes its own blocks) or ``"auto"``.
         process_group: The ranks that hold replicas of plain parameters (DDP) and
-            shall share the work and the state. DTensors need none: their mesh tells.
+            shall share the work and the state, as ``ZeroRedundancyOptimizer`` would
+            have it. DTensors need none, their mesh tells, unless they leave out
+            ranks (a pipeline stage on a 2-D mesh).
         maximize: Ascend instead of descend.
         exclude: Name patterns (``fnmatch`` style) of parameters that are not rotated.
             Parameters that DeepSpeed named, because a config file did not, are told
