@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -71,6 +72,31 @@ class Line:
     optimizer_share: float  # of the time of a step spent in optimizer.step()
     val_loss: float | None = None
     val_ppl: float | None = None
+
+    @classmethod
+    def measured(
+        cls,
+        watch: Stopwatch,
+        *,
+        step: int,
+        loss: float,
+        lr: float,
+        tokens: int,
+        val_loss: float | None,
+    ) -> Line:
+        """A line with the watch's times, which start anew."""
+        line = cls(
+            step=step,
+            loss=loss,
+            lr=lr,
+            tokens=tokens,
+            tokens_per_s=watch.tokens_per_s,
+            optimizer_share=watch.optimizer_share,
+            val_loss=val_loss,
+            val_ppl=None if val_loss is None else math.exp(val_loss),
+        )
+        watch.reset()
+        return line
 
 
 class Metrics:
@@ -176,3 +202,18 @@ def plot_losses(run_dir: Path, *, title: str) -> Path:
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=150)
     return path
+
+
+def report(run_dir: Path, *, title: str, checkpoint: Path | str | None) -> None:
+    """Draws the plot and says where everything is."""
+    plot = plot_losses(run_dir, title=title)
+    last = read_lines(run_dir / "metrics.jsonl")[-1]
+    print(
+        f"validation loss {last['val_loss']:.4f}, perplexity {last['val_ppl']:.2f}"
+        f" after {last['step']} steps\n"
+        f"plot:        {plot}\n"
+        f"metrics:     {run_dir / 'metrics.jsonl'}\n"
+        f"tensorboard: tensorboard --logdir {run_dir / 'tensorboard'}\n"
+        f"checkpoint:  {checkpoint}",
+        flush=True,
+    )

@@ -14,7 +14,6 @@ corpus.py and batches.py (data), llama.py (model), checkpoints.py, this file.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ import ranks
 import torch
 from batches import Batches, BatchShape, prepare_data, validation_batches
 from llama import backward, build_model, shard, validation_loss
-from metrics import Line, Metrics, Stopwatch, plot_losses, read_lines
+from metrics import Line, Metrics, Stopwatch, report
 from optimizers import build_optimizer, build_schedule
 from settings import Settings, parse
 from torch import Tensor, nn
@@ -191,17 +190,14 @@ def train(run: Run, stop: ranks.StopRequest, metrics: Metrics | None) -> bool:
             )
         logged = last or run.step % settings.log_every == 0
         if logged or val_loss is not None or stopping:
-            line = Line(
+            line = Line.measured(
+                watch,
                 step=run.step,
                 loss=loss,
                 lr=lr,
                 tokens=run.step * batch_tokens,
-                tokens_per_s=watch.tokens_per_s,
-                optimizer_share=watch.optimizer_share,
                 val_loss=val_loss,
-                val_ppl=None if val_loss is None else math.exp(val_loss),
             )
-            watch.reset()
             if metrics:
                 metrics.write(line)
         if metrics:
@@ -216,23 +212,6 @@ def train(run: Run, stop: ranks.StopRequest, metrics: Metrics | None) -> bool:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def report(run: Run) -> None:
-    """Draws the plot and says where everything is."""
-    folder, settings = run.folder, run.settings
-    title = f"LLaMA {settings.model}, {settings.optimizer}"
-    plot = plot_losses(folder, title=title)
-    last = read_lines(folder / "metrics.jsonl")[-1]
-    print(
-        f"validation loss {last['val_loss']:.4f}, perplexity {last['val_ppl']:.2f}"
-        f" after {last['step']} steps\n"
-        f"plot:        {plot}\n"
-        f"metrics:     {folder / 'metrics.jsonl'}\n"
-        f"tensorboard: tensorboard --logdir {folder / 'tensorboard'}\n"
-        f"checkpoint:  {checkpoints.newest(folder)}",
-        flush=True,
-    )
 
 
 @record  # torchrun's summary then shows the exception
@@ -258,7 +237,11 @@ def carry_out(run: Run) -> int:
         )
         return ranks.INTERRUPTED
     if here.rank == 0:
-        report(run)
+        report(
+            run.folder,
+            title=f"LLaMA {settings.model}, {settings.optimizer}",
+            checkpoint=checkpoints.newest(run.folder),
+        )
     return 0
 
 

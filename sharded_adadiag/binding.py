@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from sharded_adadiag.algorithm.state import Method
 from sharded_adadiag.checkpoint.flat import FlatStates
 from sharded_adadiag.comm.collectives import communicator
-from sharded_adadiag.engine import Engine, Entry
+from sharded_adadiag.engine import Engine
+from sharded_adadiag.entry import Entry
 from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations import zero
 from sharded_adadiag.integrations.parameters import Piece, find_group, piece

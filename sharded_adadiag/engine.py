@@ -6,7 +6,6 @@ gets regions and plain local tensors) and no formula (it calls `algorithm`).
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import warnings
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ from sharded_adadiag.buckets import Bucket, make_buckets
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.config import Options
-from sharded_adadiag.integrations.parameters import Piece, local
+from sharded_adadiag.entry import Entry
+from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.plain import plain_update
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.plan.geometry import Layout, Region
-from sharded_adadiag.planning import Facts, MatrixPlan, plan_matrices
+from sharded_adadiag.plan.geometry import Region
+from sharded_adadiag.planning import MatrixPlan, plan_matrices
 from sharded_adadiag.report import Report, make_report
 from sharded_adadiag.saved_state import SavedState
 
@@ -36,44 +36,6 @@ logger = logging.getLogger("sharded_adadiag")
 # Matrices of one shape are updated together up to this many elements: enough to
 # keep a GPU busy, few enough to stay in a CPU's cache.
 BATCH_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 26}
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Entry:
-    """One parameter of the optimizer, as the engine sees it.
-
-    Attributes:
-        facts: What is the same on every rank.
-        layout: What each rank holds of its matrix view.
-        piece: What this rank holds: region, tensor, gradient, states, group.
-    """
-
-    facts: Facts
-    layout: Layout
-    piece: Piece
-
-    @property
-    def region(self) -> Region:
-        """What this rank holds of the matrix view."""
-        return self.piece.holding.region
-
-    @property
-    def param(self) -> Tensor:
-        """The local tensor with the entries of ``region``."""
-        return self.piece.find_param()
-
-    @property
-    def group(self) -> dict[str, Any]:
-        """Its param group."""
-        return self.piece.group
-
-    def grad(self) -> Tensor | None:
-        """The local gradient, or None."""
-        return self.piece.grad()
-
-    def state(self) -> dict[str, Any]:
-        """Its states."""
-        return self.piece.state()
 
 
 class Engine:

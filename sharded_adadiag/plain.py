@@ -15,7 +15,7 @@ from sharded_adadiag.config import Options
 from sharded_adadiag.integrations.parameters import local
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Entry
+    from sharded_adadiag.entry import Entry
 
 # torch's CPU kernel computes the entries after the last full vector with scalar code
 # that rounds otherwise. Where they are depends on how a tensor is sharded, so tensors

@@ -19,7 +19,6 @@ checkpoint of DIR, on as many ranks with the same numbers, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ import ranks
 import starting
 from batches import Batches, BatchShape, prepare_data, validation_batches
 from llama import build_model, token_loss, validation_loss
-from metrics import Line, Metrics, Stopwatch, plot_losses, read_lines
+from metrics import Line, Metrics, Stopwatch, report
 from settings import Settings
 from torch import Tensor
 
@@ -171,39 +170,20 @@ def train(run: Run, metrics: Metrics | None) -> None:
                 ranks=here,
             )
         if last or val_loss is not None or run.step % settings.log_every == 0:
-            line = Line(
+            line = Line.measured(
+                watch,
                 step=run.step,
                 loss=loss,
                 lr=lr,
                 tokens=run.step * batch_tokens,
-                tokens_per_s=watch.tokens_per_s,
-                optimizer_share=watch.optimizer_share,
                 val_loss=val_loss,
-                val_ppl=None if val_loss is None else math.exp(val_loss),
             )
-            watch.reset()
             if metrics:
                 metrics.write(line)
         if metrics:
             metrics.advance()
         if last or (settings.save_every and run.step % settings.save_every == 0):
             run.save()
-
-
-def report(run: Run) -> None:
-    """Draws the plot and says where everything is."""
-    name = run.engine.optimizer_name()
-    plot = plot_losses(run.folder, title=f"LLaMA {run.settings.model}, {name}")
-    last = read_lines(run.folder / "metrics.jsonl")[-1]
-    print(
-        f"validation loss {last['val_loss']:.4f}, perplexity {last['val_ppl']:.2f}"
-        f" after {last['step']} steps\n"
-        f"plot:        {plot}\n"
-        f"metrics:     {run.folder / 'metrics.jsonl'}\n"
-        f"tensorboard: tensorboard --logdir {run.folder / 'tensorboard'}\n"
-        f"checkpoint:  {run.checkpoints}/step-{run.step}",
-        flush=True,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -220,7 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(run, metrics)
         if metrics:
             metrics.close()
-            report(run)
+            name = run.engine.optimizer_name()
+            report(
+                run.folder,
+                title=f"LLaMA {settings.model}, {name}",
+                checkpoint=f"{run.checkpoints}/step-{run.step}",
+            )
     except Exception:
         traceback.print_exc()
         ranks.leave(1, together=False)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.engine import Engine, Entry
+from sharded_adadiag.engine import Engine
+from sharded_adadiag.entry import Entry
 from sharded_adadiag.integrations import zero
 from sharded_adadiag.integrations.zero import STATE_KEY, Slice
 from sharded_adadiag.saved_state import SavedState

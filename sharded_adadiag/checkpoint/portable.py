@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
-from sharded_adadiag.engine import Engine, Entry
+from sharded_adadiag.engine import Engine
+from sharded_adadiag.entry import Entry
 from sharded_adadiag.optimizer import RotatedOptimizer
 
 

@@ -1,0 +1,50 @@
+"""One parameter of an optimizer, as the engine sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from sharded_adadiag.integrations.parameters import Piece
+from sharded_adadiag.plan.geometry import Layout, Region
+from sharded_adadiag.planning import Facts
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """One parameter of the optimizer, as the engine sees it.
+
+    Attributes:
+        facts: What is the same on every rank.
+        layout: What each rank holds of its matrix view.
+        piece: What this rank holds: region, tensor, gradient, states, group.
+    """
+
+    facts: Facts
+    layout: Layout
+    piece: Piece
+
+    @property
+    def region(self) -> Region:
+        """What this rank holds of the matrix view."""
+        return self.piece.holding.region
+
+    @property
+    def param(self) -> Tensor:
+        """The local tensor with the entries of ``region``."""
+        return self.piece.find_param()
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """Its param group."""
+        return self.piece.group
+
+    def grad(self) -> Tensor | None:
+        """The local gradient, or None."""
+        return self.piece.grad()
+
+    def state(self) -> dict[str, Any]:
+        """Its states."""
+        return self.piece.state()
