@@ -1,6 +1,6 @@
 """Random cases train alike on several ranks and on one process.
 
-A thousand by default, which takes about a minute and a half on two cores. All ten
+Five hundred by default, which takes about a minute on two cores. All ten
 thousand: ``RANDOM_CASES=10000 python -m pytest -n 2 tests/test_random_cases.py``.
 """
 
@@ -28,7 +28,7 @@ SHARE = {
     "fsdp2": 3,
     "fsdp2 x tp": 3,
 }
-EXAMPLES = int(os.environ.get("RANDOM_CASES", "1000"))
+EXAMPLES = int(os.environ.get("RANDOM_CASES", "500"))
 OWNED = 0.6  # the rest is computed in blocks
 
 
