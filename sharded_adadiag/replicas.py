@@ -33,8 +33,11 @@ def check_replicas(engine: Engine) -> None:
     params = [entry.param.detach() for entry in engine.entries]
     if any(param.is_meta for param in params):
         return
-    sums = [(p.sum(dtype=torch.float64), p.norm(dtype=torch.float64)) for p in params]
-    mine = torch.tensor([[float(s), float(n)] for s, n in sums]).tolist()
+    sums = [
+        torch.stack((p.sum(dtype=torch.float64), p.norm(dtype=torch.float64)))
+        for p in params
+    ]
+    mine = torch.stack(sums).tolist()  # one transfer to the host
     everyone = engine.comm.all_gather_object(mine)
     for i, entry in enumerate(engine.entries):
         for first, *others in holders(entry.layout).values():

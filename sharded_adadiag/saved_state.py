@@ -64,6 +64,9 @@ class SavedState:
         Args:
             saved: By position of the parameter.
         """
+        for i in set(range(len(self.engine.entries)) if saved else ()) - set(saved):
+            name = self.engine.entries[i].facts.name
+            _warn(f"{name}: the loaded state has nothing of it; starts anew")
         wanted: list[tuple[int, StateTensor]] = []
         for i, values in saved.items():
             accepted = self._accepted(i, values)

@@ -287,3 +287,15 @@ def test_a_named_state_dict_needs_names():
     opt = AdaDiag([torch.nn.Parameter(torch.randn(4, 4))])
     with pytest.raises(ValueError, match="have no names; make it of param_groups"):
         named_state_dict(opt)
+
+
+def test_a_parameter_without_saved_state_is_named():
+    first, second = (torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    opt = AdaDiag([first, second])
+    first.grad, second.grad = torch.ones(4, 4), torch.ones(4, 4)
+    opt.step()
+    state = opt.state_dict()
+    del state["state"][1]
+    with pytest.warns(UserWarning, match="parameter 1: the loaded state has nothing"):
+        opt.load_state_dict(state)
+    assert float(opt.state[second]["step"]) == 0.0

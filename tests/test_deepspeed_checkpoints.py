@@ -37,16 +37,16 @@ BF16_FP32 = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def uninterrupted(
-    steps: int = END, *, refresh_at: int | None = None
+    steps: int = END, *, refresh_at: int | None = None, **options: bool
 ) -> dict[str, Tensor]:
     """One process, by the slow reference; one more basis at a step if asked for."""
-    model = CellModel()
+    model = CellModel(**options)
     start = weights(model)
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(start[name])
     groups = [
-        {**group, "params": [param for _, param in group["params"]]}
+        {**group, "params": [p for _, p in group["params"] if p.requires_grad]}
         for group in sorted_groups(model.named_parameters())
     ]
     reference = ReferenceOptimizer("adadiag", groups, **OPTIONS)
@@ -124,15 +124,18 @@ def test_a_universal_checkpoint_goes_on_with_new_bases_and_says_so(stage, tmp_pa
 
 @pytest.mark.multiprocess
 def test_a_run_moves_from_zero_3_to_fsdp2_and_back(tmp_path):
-    want = uninterrupted()
+    """With a frozen parameter, which must travel too."""
+    want = uninterrupted(frozen=True)
     folder = str(tmp_path / "zero")
-    run_processes(4, save_portable, 4, Cell("portable", 3), folder)
+    run_processes(
+        4, save_portable, 4, Cell("portable", 3, model={"frozen": True}), folder
+    )
     for final in run_processes(2, fsdp2_load, 2, folder):
         compare(final, want)
     folder = str(tmp_path / "fsdp2")
     run_processes(2, fsdp2_save, 2, folder)
     for stage in (1, 3):
-        cell = Cell("portable", stage)
+        cell = Cell("portable", stage, model={"frozen": True})
         for final in run_processes(2, load_portable, 2, cell, folder):
             compare(final, want)
 

@@ -80,13 +80,13 @@ class Model(nn.Module):
         self.up = nn.Linear(WIDTH, 13)
         self.down = nn.Linear(13, WIDTH, bias=False)
         self.scale = nn.Parameter(torch.ones(WIDTH))
-        self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed.weight
         if frozen:
             self.fixed = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
         if unused:
             self.unused = nn.Linear(5, 7)
+        self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)  # the last one is the head
+        if tied:
+            self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)

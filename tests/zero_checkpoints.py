@@ -89,6 +89,10 @@ def load_portable(
 ) -> dict[str, Tensor]:
     deepspeed = start_deepspeed(rank, world_size)
     model, engine = build(cell, deepspeed)
+    for param in model.parameters():
+        if not param.requires_grad:  # must come from the checkpoint
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                param.data.zero_()
     state = portable_state_dict(engine)
     dcp.load(state, checkpoint_id=folder)
     load_portable_state_dict(engine, state)
@@ -98,7 +102,7 @@ def load_portable(
 
 def fsdp2(rank: int, world_size: int, folder: str, *, load: bool) -> dict[str, Tensor]:
     """The same run under FSDP2, with torch's own functions; it saves or loads."""
-    model = Model()
+    model = Model(frozen=True)
     start = weights(model)
     with torch.no_grad():
         for name, param in model.named_parameters():

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
@@ -74,19 +75,23 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
         TypeError: If the engine's optimizer is not one of this package.
         ValueError: For a missing weight or a wrong shape, naming the parameter.
     """
-    with _flats_at_hand(engine) as (_, plan):
+    with _flats_at_hand(engine) as (optimizer, plan):
         weights, states = state_dict["model"], state_dict["optimizer"]["state"]
         names = [entry.facts.name for entry in plan.entries]
-        missing = [name for name in names if name not in weights]
+        rest = _untrained_tensors(engine.module, names)
+        missing = [name for name in [*names, *rest] if name not in weights]
         if missing:
             raise ValueError(f"{missing[0]}: the checkpoint has no such weight")
         logical = LogicalState(plan.comm, plan.device)
         tensors = [_weight(entry) for entry in plan.entries]
         pieces = logical.load(tensors, [weights[name] for name in names])
+        optimizer.state.clear()  # what the checkpoint lacks starts anew
+        plan.allocate()
         plan.load_state({i: states[n] for i, n in enumerate(names) if n in states})
         for entry, piece in zip(plan.entries, pieces):
             entry.param.copy_(piece.view(entry.param.shape))
         _publish_weights(engine, plan)
+        _load_untrained(rest, weights)
 
 
 def _weight(entry: Entry) -> StateTensor:
@@ -142,19 +147,36 @@ def _groups(optimizer: RotatedOptimizer, plan: Engine) -> list[dict[str, Any]]:
     return sorted_groups
 
 
+def _untrained_tensors(
+    module: torch.nn.Module, trained: Iterable[str]
+) -> dict[str, Tensor]:
+    """Frozen parameters and saved buffers; stage 3 may have cut the former."""
+    saved, known = set(module.state_dict()), set(trained)
+    named = [*module.named_buffers(), *module.named_parameters()]
+    return {n: t for n, t in named if n not in known and n in saved}
+
+
 def _untrained(
     module: torch.nn.Module, trained: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Frozen parameters and buffers, whole; stage 3 gathers the former one by one."""
+    """The same whole; stage 3 gathers parameters one by one."""
     import deepspeed
 
-    names = set(module.state_dict())
-    rest = {n: b.detach() for n, b in module.named_buffers() if n in names}
-    for name, param in module.named_parameters():
-        if name not in trained:
-            with deepspeed.zero.GatheredParameters([param]):
-                rest[name] = param.detach().clone()
+    rest = {}
+    for name, tensor in _untrained_tensors(module, trained).items():
+        with deepspeed.zero.GatheredParameters([tensor]):
+            rest[name] = tensor.detach().clone()
     return rest
+
+
+def _load_untrained(rest: dict[str, Tensor], weights: Mapping[str, Any]) -> None:
+    import deepspeed
+
+    for name, tensor in rest.items():
+        value = weights[name]
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            tensor.data.copy_(value)
 
 
 def _publish_weights(engine: Any, plan: Engine) -> None:
