@@ -18,6 +18,8 @@ from sharded_adadiag.algorithm.sums import PartialSum, Sums
 
 # A product of this many elements fills a core's cache, or a GPU, by itself.
 STACK_NUMEL = {"cpu": 1 << 15, "cuda": 1 << 20}
+# Bytes: where torch's CPU allocator lets a tensor begin.
+ALIGNMENT = 64
 
 
 def rotate(
@@ -128,4 +130,22 @@ def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]
     # other rounding, so vectors always go one by one.
     if min(rows, inner, cols) == 1 or rows * cols > limit:
         return [torch.mm(a, b) for a, b in zip(first, second, strict=True)]
-    return list(torch.bmm(torch.stack(list(first)), torch.stack(list(second))).unbind())
+    product = _room(len(first), rows, cols, first[0])
+    torch.bmm(_stack(first), _stack(second), out=product)
+    return list(product.unbind())
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    rows, cols = matrices[0].shape
+    stacked = _room(len(matrices), rows, cols, matrices[0])
+    torch._foreach_copy_(list(stacked.unbind()), list(matrices))
+    return stacked
+
+
+def _room(count: int, rows: int, cols: int, like: Tensor) -> Tensor:
+    """Uninitialised matrices, each where memory of its own would begin."""
+    # On some CPUs (MKL on AMD) a small product rounds by the address of its result.
+    unit = max(ALIGNMENT // like.element_size(), 1)
+    stride = -(-rows * cols // unit) * unit
+    room = like.new_empty(count * stride)
+    return room.as_strided((count, rows, cols), (stride, cols, 1))
