@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import metrics
 import pretrain_llama
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def sabotage(*, where: str, how: str, rank: int, call: int, after: int = 0) -> N
 
 if __name__ == "__main__":
     pretrain_llama.build_model = build_model
-    pretrain_llama.plot_losses = lambda folder, title: folder / "no plot"
+    metrics.plot_losses = lambda folder, title: folder / "no plot"
     faults = json.loads(os.environ.get("SABOTAGE", "[]"))
     for fault in faults[int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) :][:1]:
         sabotage(**fault)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from random_cases import CLASSES, HARD, Parameter, RandomCase, gradient
+from support.pairs import parametrize_pairs
 from test_distributed import snapshot
 from test_parity import Parameters, groups, local_gradient, sharded_model, whole
 from test_random_cases import check, other_bits
@@ -29,14 +30,9 @@ def hard_case(method, kind, dtype, scale, **options):
     return RandomCase(method, "fsdp2", (3,), params, dtype, scale, options)
 
 
-def each_hard_case(test):
-    for name, values in {
-        "method": CLASSES,
-        "sides": ["one", "two"],
-        "basis": ["svd", "eigh"],
-    }.items():
-        test = pytest.mark.parametrize(name, values)(test)
-    return test
+def hard_cases(**more):
+    sides, basis = ("one", "two"), ("svd", "eigh")
+    return parametrize_pairs(method=CLASSES, sides=sides, basis=basis, **more)
 
 
 def steps_of_one_process(case):
@@ -67,27 +63,25 @@ def check_sane(case, largest):
                 assert_orthogonal(value, 30 * torch.finfo(value.dtype).eps, key)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["full", *HARD])
-@each_hard_case
+@hard_cases(kind=("full", *HARD), dtype=(torch.float32, torch.bfloat16))
 def test_updates_are_finite_and_of_the_size_of_lr(method, sides, basis, kind, dtype):
     case = hard_case(method, kind, dtype, 1.0, sides=sides, basis=basis)
     check_sane(case, LARGEST_RMS[method])
 
 
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-12, 1e12, 1e20, 1e30])
-@pytest.mark.parametrize("kind", ["full", "rank one"])
-@each_hard_case
+@hard_cases(kind=("full", "rank one"), scale=(1e-40, 1e-30, 1e-12, 1e12, 1e20, 1e30))
 def test_no_scale_of_float32_breaks_a_step(method, sides, basis, kind, scale):
     """1e-40 is denormal; from 2e19 on squares overflow, and what has them stands."""
     case = hard_case(method, kind, torch.float32, scale, sides=sides, basis=basis)
     check_sane(case, LARGEST_RMS[method])
 
 
-@pytest.mark.parametrize("basis", ["svd", "eigh"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("method", CLASSES)
+@parametrize_pairs(
+    method=CLASSES,
+    scale=(1e-40, 1e-30, 1.0, 1e30),
+    dtype=(torch.float32, torch.bfloat16),
+    basis=("svd", "eigh"),
+)
 def test_three_ranks_give_the_bits_of_one_process(method, scale, dtype, basis):
     """Each shape goes through every kind, and each step has several kinds."""
     case = hard_case(method, "", dtype, scale, sides="two", basis=basis)
@@ -98,8 +92,7 @@ def test_three_ranks_give_the_bits_of_one_process(method, scale, dtype, basis):
     check(dataclasses.replace(case, params=params), other_bits)
 
 
-@pytest.mark.parametrize("kind", ["full", *HARD])
-@each_hard_case
+@hard_cases(kind=("full", *HARD))
 def test_the_steps_are_those_of_the_reference(method, sides, basis, kind):
     """In float64, with gradients so small that eps drowns what is only round-off.
 
@@ -224,10 +217,12 @@ def transposed(tensor):
     return tensor.mT.contiguous().mT
 
 
-@pytest.mark.parametrize("weights_too", [False, True])
-@pytest.mark.parametrize("rotate", [False, True])
-@pytest.mark.parametrize("basis", ["svd", "eigh"])
-@pytest.mark.parametrize("method", CLASSES)
+@parametrize_pairs(
+    method=CLASSES,
+    basis=("svd", "eigh"),
+    rotate=(False, True),
+    weights_too=(False, True),
+)
 def test_the_order_in_memory_does_not_matter(method, basis, rotate, weights_too):
     """Shapes that fill torch's CPU kernel exactly, and others."""
     shapes = [(8, 8), (2, 10), (10, 12), (4, 2, 4, 4)]

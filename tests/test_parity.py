@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.pairs import parametrize_pairs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -192,10 +193,11 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize("sides", ["one", "two"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("layout,world_size", LAYOUTS)
-def test_owner_distribution_gives_the_same_bits(layout, world_size, dtype, sides):
+@parametrize_pairs(
+    place=LAYOUTS, dtype=(torch.float32, torch.float64), sides=("one", "two")
+)
+def test_owner_distribution_gives_the_same_bits(place, dtype, sides):
+    layout, world_size = place
     options = {"sides": sides, "distribution": "owner"}
     want = alone(HARD_CASES, dtype, "AdaDiag", options)
     got = run_threads(world_size, body, layout, HARD_CASES, dtype, "AdaDiag", options)
@@ -219,10 +221,9 @@ def test_flat_pieces_of_fsdp1_give_the_same_bits(world_size, sides):
             assert_equal(a, b, case.name)
 
 
-@pytest.mark.parametrize("basis", ["svd", "eigh"])
-@pytest.mark.parametrize("sides", ["one", "two"])
-@pytest.mark.parametrize("layout,world_size", LAYOUTS)
-def test_broadcast_distribution_agrees_to_1e_6(layout, world_size, sides, basis):
+@parametrize_pairs(place=LAYOUTS, sides=("one", "two"), basis=("svd", "eigh"))
+def test_broadcast_distribution_agrees_to_1e_6(place, sides, basis):
+    layout, world_size = place
     options = {"sides": sides, "basis": basis, "distribution": "broadcast"}
     want = alone(HARD_CASES, torch.float64, "AdaDiag", options)
     got = run_threads(

@@ -8,6 +8,7 @@ which DeepSpeed's own helper puts together, and must come to the same bits.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -168,11 +169,15 @@ def start_deepspeed(rank: int, world_size: int) -> Any:
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    gc.freeze()  # what is imported need not be searched for each engine
     return deepspeed
 
 
 def build(cell: Cell, deepspeed: Any) -> tuple[nn.Module, Any]:
     """The model and DeepSpeed's engine."""
+    # An engine that ends makes DeepSpeed forget all names; it must not do so while
+    # the next one is made, on one rank earlier than on another.
+    gc.collect()
     world_size = dist.get_world_size()
     config = {
         "train_micro_batch_size_per_gpu": BATCH // world_size,

@@ -16,6 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What nearly every body needs; it takes far longer to import than a test to run.
+_IMPORTED_ONCE = [
+    "sharded_adadiag.testing.ranks",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+
 
 def run_threads(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     """Run ``body(rank, *args)`` on ranks that are threads of this process.
@@ -79,6 +88,10 @@ def run_processes(
 ) -> list[Any]:
     """Run ``body(rank, *args)`` on ranks that are processes of a gloo group.
 
+    Each rank is a process of its own that ends with the call, so a body may change
+    anything, or kill itself. They are forked from one process that has imported torch
+    and done nothing else: the first call starts it, it ends with this interpreter.
+
     Args:
         world_size: Number of ranks.
         body: A function that can be pickled; the default group exists while it runs.
@@ -91,14 +104,16 @@ def run_processes(
     Raises:
         RuntimeError: If any rank raised; with its traceback.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     queue = context.SimpleQueue()
     folder = tempfile.TemporaryDirectory()
     store = os.path.join(folder.name, "store")  # a file cannot be taken by others
+    environment = dict(os.environ)  # the forking process has that of the first call
     processes = [
         context.Process(
             target=_process_main,
-            args=(rank, world_size, store, timeout_s, queue, body, args),
+            args=(rank, world_size, store, timeout_s, queue, environment, body, args),
         )
         for rank in range(world_size)
     ]
@@ -132,9 +147,12 @@ def _process_main(
     store: str,
     timeout_s: float,
     queue: Any,
+    environment: dict[str, str],
     body: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
