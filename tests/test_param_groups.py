@@ -7,6 +7,8 @@ import gc
 import logging
 import math
 import random
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -636,11 +638,23 @@ def test_no_warning_where_the_user_has_sorted_or_nothing_is_rotated(
     assert not recwarn.list
 
 
-def test_parameters_that_deepspeed_has_named_are_not_warned_of(monkeypatch, recwarn):
-    import types
-
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_parameters_that_deepspeed_has_named_are_not_warned_of(
+    forgotten, monkeypatch, recwarn
+):
+    """It forgets all names when any engine is deleted; the engine itself does not."""
     named = parameters()
-    debug = types.SimpleNamespace(param_names={p: name for name, p in named})
-    monkeypatch.setitem(__import__("sys").modules, "deepspeed.utils.debug", debug)
-    AdaDiag([p for _, p in named])
+    known = {p: name for name, p in named}
+    debug = types.SimpleNamespace(param_names={} if forgotten else known)
+    monkeypatch.setitem(sys.modules, "deepspeed.utils.debug", debug)
+
+    class Engine:
+        __module__ = "deepspeed.runtime.engine"
+        param_names = known
+
+        def configure_optimizer(self):
+            return AdaDiag([p for _, p in named], exclude="rout*")
+
+    opt = Engine().configure_optimizer()
     assert not recwarn.list
+    assert [m.name for m in opt.describe().matrices] == ["wide", "tall"]

@@ -14,13 +14,15 @@ Private names read, tried with DeepSpeed 0.19.8: of parameters ``_dp_group``,
 ``ds_id``, ``ds_shape``, ``ds_numel``, ``ds_tensor``, ``ds_process_group``,
 ``partition_numel`` and ``_z3_optimizer``; of the latter ``grad_position``,
 ``get_param_id``, ``fp32_partitioned_groups_flat`` and ``swap_optimizer``; of the
-stage 1 and 2 optimizer ``elastic_checkpoint``; ``deepspeed.utils.debug.param_names``.
+stage 1 and 2 optimizer ``elastic_checkpoint``; ``param_names`` of the engine and of
+``deepspeed.utils.debug``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -97,7 +99,7 @@ class Originals:
         plain = not any(is_distributed(p) for p in params)
         refs = [TensorWeakRef(p) for p in params] if plain else []
         self._groups.append(_Noted(group, refs, None if given is None else [*given]))
-        self._learn_names(params)
+        self._learn_names(params, asked=True)
 
     def follow(self, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
         """Loading a state dict, or the user, puts new groups in place of old ones."""
@@ -204,12 +206,16 @@ class Originals:
             given = [None] * len(present)
         return list(zip(given, present))
 
-    def _learn_names(self, params: list[Tensor]) -> None:
+    def _learn_names(self, params: list[Tensor], *, asked: bool = False) -> None:
         """Ask DeepSpeed for names it may forget: it does when any engine is deleted."""
         debug = sys.modules.get("deepspeed.utils.debug")
-        if debug is not None:
-            known = debug.param_names
-            self._names |= {p: known[p] for p in params if p in known}
+        if debug is None:
+            return
+        known: list[Any] = [debug.param_names]
+        if asked:
+            known += [getattr(c, "param_names", {}) for c in _deepspeed_callers()]
+        for names in known:
+            self._names |= {p: names[p] for p in params if p in names}
 
 
 def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Slice]:
@@ -348,19 +354,25 @@ def _refuse_settings(flat: Tensor) -> None:
             f"DeepSpeed's master weights are {flat.dtype}; AdaDiag needs float32 ones: "
             "remove bf16_master_weights_and_grads (fp16_master_weights_and_grads)"
         )
+    for caller in _deepspeed_callers():
+        if getattr(caller, "swap_optimizer", False):
+            raise NotImplementedError(
+                "offload_optimizer to NVMe swaps states as flat tensors; a rotated "
+                'matrix has none: set "offload_optimizer": {"device": "cpu"}'
+            )
+        if getattr(caller, "elastic_checkpoint", False):
+            raise NotImplementedError(
+                '"elastic_checkpoint" cuts states as flat tensors; remove it: a '
+                "universal checkpoint or sharded_adadiag's portable one changes "
+                "the number of ranks"
+            )
+
+
+def _deepspeed_callers() -> Iterator[Any]:
+    """The objects of DeepSpeed whose methods called us, the nearest first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if type(caller).__module__.startswith("deepspeed.runtime"):
-            if getattr(caller, "swap_optimizer", False):
-                raise NotImplementedError(
-                    "offload_optimizer to NVMe swaps states as flat tensors; a rotated "
-                    'matrix has none: set "offload_optimizer": {"device": "cpu"}'
-                )
-            if getattr(caller, "elastic_checkpoint", False):
-                raise NotImplementedError(
-                    '"elastic_checkpoint" cuts states as flat tensors; remove it: a '
-                    "universal checkpoint or sharded_adadiag's portable one changes "
-                    "the number of ranks"
-                )
+            yield caller
         frame = frame.f_back
