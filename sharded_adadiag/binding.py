@@ -256,7 +256,8 @@ class Binding:
 
         pieces, mine = publish(find)
         published = engine.comm.all_gather_object(mine)
-        raise_on_mismatch(published)
+        kind = "trainable new" if engine.entries else "trainable"
+        raise_on_mismatch(published, kind)
         holdings = [[h.region for _, h in described] for _, described in published]
         facts = [fact for fact, _ in mine[1]]
         entries = [

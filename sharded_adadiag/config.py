@@ -165,7 +165,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BOOL = _one_of(True, False)
 _DTYPE = _one_of(None, *_FLOATS)
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_is_lr, "it must be a number >= 0 or a one-element tensor of one"),
+    "lr": (_is_lr, "it must be a number >= 0 or a tensor with one such number"),
     "betas": (_are_betas, "it must be two numbers in [0, 1)"),
     "eps": (lambda v: _is_number(v, 0.0), "it must be a number >= 0"),
     "weight_decay": (lambda v: _is_number(v, 0.0), "it must be a number >= 0"),

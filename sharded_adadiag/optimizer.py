@@ -48,7 +48,11 @@ class RotatedOptimizer(Optimizer):
             ``torch.optim`` optimizer. ``param_groups(model)`` makes the two
             groups that the paper uses. A group's ``rotate`` (bool, default True)
             says whether its matrices are rotated. Every option but
-            ``distribution`` and ``process_group`` may be set per group.
+            ``distribution`` and ``process_group`` may be set per group. Groups may
+            be edited between steps, alike on all ranks: parameters may leave, come
+            back and move. What the plan was made from stays as it was: ``rotate``,
+            ``sides``, ``side``, ``momentum``, ``state_dtype``, ``rotation_dtype``
+            and ``max_rotated_dim``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay rates of the first and the second moment.
         eps: Added to the bias-corrected square root of an unfactored second moment.
@@ -63,8 +67,9 @@ class RotatedOptimizer(Optimizer):
         max_rotated_dim: A matrix whose rotated dimension is larger gets plain Adam.
         noise_floor: Rotated entries below this times the gradient's norm count as 0.
         nonfinite: If a gradient has NaN or Inf entries: ``"raise"`` on every rank,
-            ``"skip"`` the step on every rank, or ``"ignore"`` (no check, and no
-            agreement between the ranks).
+            ``"skip"`` the step on every rank, or ``"ignore"``. If all groups ignore,
+            ranks agree on nothing before a step, so that groups which only some
+            ranks have edited, and options made invalid on one, go unnoticed there.
         state_dtype: Of the moments; None is the parameter's.
         rotation_dtype: Of the rotations; None is the moments'.
         distribution: ``"owner"`` (each matrix is computed by one rank),
@@ -202,7 +207,8 @@ class RotatedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: On every rank, if the ranks' parameters do not match.
+            ValueError: On every rank, if the ranks' parameters or groups do not
+                match, or an option is invalid or no longer as planned.
             RuntimeError: On every rank, if a gradient is non-finite, sparse or not
                 reduced (nothing has changed then), or if an owner failed; also
                 inside a backward pass.

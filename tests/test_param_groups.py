@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from test_layouts import build, fsdp1, loss_of, mesh_of, wrapped
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, param_groups
 from sharded_adadiag.batching import SETS_KEPT
@@ -44,11 +45,13 @@ def step(opt: torch.optim.Optimizer, named: list[tuple[str, Any]], number: int) 
     for name, param in named:
         grad = torch.randn(SHAPES[name], generator=generator)
         if isinstance(param, DTensor):
-            grad = distribute_tensor(
-                grad, param.device_mesh, param.placements, src_data_rank=None
-            )
+            grad = placed(grad, param.device_mesh, param.placements)
         param.grad = grad
     opt.step()
+
+
+def placed(value: Tensor, mesh: DeviceMesh, places: Any) -> Tensor:
+    return distribute_tensor(value, mesh, places, src_data_rank=None)
 
 
 def values(named: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -166,20 +169,19 @@ def plain(rank: int, **options: Any) -> tuple[AdaDiag, list[tuple[str, Any]]]:
 def sharded(rank: int, **options: Any) -> tuple[AdaDiag, list[tuple[str, Any]]]:
     mesh = mesh_of(dist.get_world_size())
     named: list[tuple[str, Any]] = [
-        (name, nn.Parameter(distribute_tensor(p.detach(), mesh, src_data_rank=None)))
+        (name, nn.Parameter(placed(p.detach(), mesh, [Shard(0)])))
         for name, p in parameters()
     ]
     return make_groups(named, **options), named
 
 
-def replicated(rank: int, **options: Any) -> tuple[AdaDiag, list[tuple[str, Any]]]:
-    """HSDP and tensor parallel hold some parameters whole on a mesh."""
-    mesh = mesh_of(1, dist.get_world_size())
+def columns(rank: int, **options: Any) -> tuple[AdaDiag, list[tuple[str, Any]]]:
+    """Replicas of shards, as HSDP has them, by columns, as tensor parallel has them."""
+    mesh = mesh_of(2, 2)
     named: list[tuple[str, Any]] = []
     for name, p in parameters():
-        places = [Replicate(), torch.distributed.tensor.Shard(p.dim() - 1)]
-        value = distribute_tensor(p.detach(), mesh, places, src_data_rank=None)
-        named.append((name, nn.Parameter(value)))
+        places = [Replicate(), Shard(p.dim() - 1)]
+        named.append((name, nn.Parameter(placed(p.detach(), mesh, places))))
     return make_groups(named, **options), named
 
 
@@ -201,7 +203,7 @@ LAYOUTS: dict[str, tuple[int, Make, dict[str, Any]]] = {
     "one process": (1, plain, {}),
     "fsdp2, owner": (2, sharded, OWNER),
     "fsdp2, broadcast": (2, sharded, BROADCAST),
-    "hsdp": (2, replicated, OWNER),
+    "hsdp, tp": (4, columns, OWNER),
     "ddp": (2, replicas, OWNER),
 }
 
@@ -301,7 +303,7 @@ def live(rank: int, make: Make, options: dict[str, Any]) -> set[str]:
                 c.copy_(b)
         for group in opt.param_groups:
             group[name] = value
-        for number in range(1, 5):
+        for number in range(1, 4):
             for one, its in (
                 (opt, named),
                 (other, other_named),
@@ -319,6 +321,24 @@ def live(rank: int, make: Make, options: dict[str, Any]) -> set[str]:
 def test_live_options_act_at_the_next_step(layout):
     for effective in on_ranks(layout, live):
         assert effective == set(LIVE) - SAME_NUMBERS
+
+
+def from_gram_blocks(rank: int) -> None:
+    """A basis that was planned to come from the ranks' own blocks comes whole."""
+    opt, named = sharded(rank, basis="eigh", **BROADCAST)
+    one, its = plain(rank, basis="eigh")
+    for number in range(4):
+        step(opt, named, number)
+        step(one, its, number)
+        for group in [*opt.param_groups, *one.param_groups]:
+            group["basis"] = "svd" if number == 1 else group["basis"]
+    assert any(m.route.basis_from == "gram" for m in opt._binding._engine.matrices)
+    for name, value in values(its).items():
+        torch.testing.assert_close(values(named)[name], value, atol=1e-5, rtol=0.0)
+
+
+def test_a_basis_of_gram_blocks_may_become_one_of_the_gradient():
+    run_threads(2, from_gram_blocks)
 
 
 def test_every_option_is_either_planned_or_live():
@@ -432,7 +452,7 @@ EDITS: dict[str, tuple[Callable[[AdaDiag], None], list[str]]] = {
     "invalid": (set_option("lr", math.nan), ["rank 1: ", "tall: invalid lr: got nan"]),
     "removed": (drop, ["tall: the param groups of rank 0 have it, those of rank 1"]),
     "moved": (move, ["bias: rank 1 has it in another param group"]),
-    "added": (add, ["rank 0 has 0", "rank 1 has 1"]),
+    "added": (add, ["rank 0 has 0 trainable new parameters", "rank 1 has 1"]),
 }
 
 
@@ -509,7 +529,7 @@ def test_what_is_kept_of_varying_gradients_is_bounded():
 def varying_refreshes(rank: int) -> tuple[int, int]:
     mesh = mesh_of(2)
     named: list[tuple[str, Any]] = [
-        (f"p{i}", nn.Parameter(distribute_tensor(torch.zeros(4, 6), mesh)))
+        (f"p{i}", nn.Parameter(placed(torch.zeros(4, 6), mesh, [Shard(0)])))
         for i in range(6)
     ]
     opt = AdaDiag(named, refresh_every=2, **BROADCAST)
