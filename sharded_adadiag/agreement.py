@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.config import Options
+from sharded_adadiag.group_options import Reading, differences
 from sharded_adadiag.replicas import check_replicas
 
 if TYPE_CHECKING:
     from sharded_adadiag.engine import Engine
 
 _NONFINITE, _SPARSE, _UNREDUCED = 1, 2, 3
+# After 0 and 1: whether any gradient is not zero.
+_NEW, _COMPLAINT = 2, 3
 
 
 class Agreement:
@@ -24,13 +27,18 @@ class Agreement:
     It carries whether each parameter has a gradient on any rank, the worst problem
     found on any, and (until the first real step) whether any gradient is not zero:
     torch's state-dict helpers and DeepSpeed make a first step with zero gradients
-    only to create the states.
+    only to create the states. Further it tells whether a rank has new parameters or
+    invalid options, and compares the ranks' param groups by a fingerprint.
+
+    Once every group says ``nonfinite="ignore"`` there is none, and none of this is
+    compared: ranks must then edit their groups alike.
 
     Args:
         engine: Whose steps they are.
 
     Attributes:
         started: A real step has been made.
+        unplanned: The last call found new parameters and did nothing else.
         skipped_steps: Steps skipped for a non-finite gradient.
     """
 
@@ -38,21 +46,24 @@ class Agreement:
         self.engine = engine
         self.started = False
         self.skipped_steps = 0
+        self.unplanned = False
+        self._checked = True  # ranks that stop checking must have agreed to it
 
     def nbytes(self) -> int:
         """Bytes of the all-reduce of an ordinary step; 0 if there is none."""
         entries = self.engine.entries
-        checked = any(e.group["nonfinite"] != "ignore" for e in entries)
-        return 4 * (len(entries) + 2) if self.engine.comm.size > 1 and checked else 0
+        checked = any(e.member and e.group["nonfinite"] != "ignore" for e in entries)
+        return 4 * (len(entries) + 4) if self.engine.comm.size > 1 and checked else 0
 
     def reach(
-        self, grads: Sequence[Tensor | None], options: dict[int, Options]
+        self, grads: Sequence[Tensor | None], now: Reading, *, new: bool
     ) -> list[bool] | None:
         """Agree on a step.
 
         Args:
             grads: This rank's gradients, by parameter.
-            options: Of each group, by its identity.
+            now: The options of each group.
+            new: This rank has parameters that are not planned yet.
 
         Returns:
             Which parameters take part, the same on all ranks; None to do nothing.
@@ -60,32 +71,52 @@ class Agreement:
         Raises:
             RuntimeError: On every rank, for a gradient on any that is sparse, not
                 finite, or not the rank's piece of the whole.
-            ValueError: On every rank, before the first step, for different replicas.
+            ValueError: On every rank, for options that are invalid or fixed by the
+                plan, param groups that differ between ranks and, before the first
+                step, different replicas.
         """
+        own = _COMPLAINT if now.complaint else _NEW if new else 0
         checked = [
-            options[id(e.group)].nonfinite != "ignore" for e in self.engine.entries
+            not own and e.member and now.options[id(e.group)].nonfinite != "ignore"
+            for e in self.engine.entries
         ]
         present = [int(grad is not None) for grad in grads]
-        problem = self._problem(grads, checked)
-        nonzero: int = self.started or any(
-            grad is not None and not problem and bool(grad.any()) for grad in grads
+        problem = 0 if own else self._problem(grads, checked)
+        state = own or int(
+            self.started
+            or any(g is not None and not problem and bool(g.any()) for g in grads)
         )
-        flags = [*present, problem, int(nonzero)]
-        if self.engine.comm.size > 1 and (any(checked) or not self.started):
+        flags = [*present, problem, state, now.fingerprint, -now.fingerprint]
+        if self.engine.comm.size > 1 and (
+            any(checked) or self._checked or not self.started
+        ):
             shared = torch.tensor(flags, dtype=torch.int32)
             shared = shared.to(self.engine.comm.device(self.engine.device))
             self.engine.comm.all_reduce_max_(shared)
             flags = shared.tolist()
-        *present, problem, nonzero = flags
-        if problem:
-            self._refuse(problem, options)
+        *present, problem, state, high, low = flags
+        self.unplanned = state == _NEW
+        if state == _COMPLAINT or high != -low:
+            self._raise_differences(now)
+        if self.unplanned:
             return None
-        if not nonzero:
+        self._checked = any(checked)
+        if problem:
+            self._refuse(problem, now.options)
+            return None
+        if not state:
             return None
         if not self.started:
             check_replicas(self.engine)
         self.started = True
         return [bool(p) for p in present]
+
+    def _raise_differences(self, now: Reading) -> None:
+        """Tell every rank the same; a collective unless this rank is alone in it."""
+        mine = now.complaint, self.engine.group_options.membership(now.options)
+        alone = now.complaint and not self._checked and self.started
+        told = [mine] if alone else self.engine.comm.all_gather_object(mine)
+        raise ValueError(f"{differences(told)}; nothing has changed")
 
     def _problem(self, grads: Sequence[Tensor | None], checked: Sequence[bool]) -> int:
         """The worst problem of this rank's gradients; 0 if there is none."""

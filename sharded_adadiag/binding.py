@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,6 +63,11 @@ class Binding:
         """Drop the plan; the states stay where they are, in the optimizer."""
         self._engine: Engine | None = None
         self._planned: dict[Tensor, list[Entry]] = {}
+        self._waiting: list[Tensor] = []  # in the groups, and not planned
+        self._left: list[Tensor] = []  # planned, and no longer in the groups
+        self._groups: list[dict[str, Any]] = []  # as last seen, and what was in them
+        self._sizes: list[int] = []
+        self._params: list[Tensor] = []
         self.flats = FlatStates(self.optimizer)
 
     @property
@@ -84,21 +90,28 @@ class Binding:
             ValueError: On every rank, if the ranks' parameters do not match.
             RuntimeError: If DeepSpeed has not handed over any parameter yet.
         """
-        engine, groups = self._engine, self.optimizer.param_groups
-        current = [p for group in groups for p in group["params"]]
-        missing = any(p not in self._planned for p in current if is_trained(p))
-        if engine is None or missing:
-            found = self._found()
-            engine = engine or self._start(found, current)
-            new = [f for f in found if f.param not in self._planned]
-            one_by_one = not together and any(f.flat for f in new)
-            for batch in [[f] for f in new] if one_by_one else [new]:
-                self._plan(engine, batch)
-            engine.allocate()
+        self._follow_edits()
+        engine = self._engine
+        if engine is None or self._has_new():
+            engine = self._plan_new(together=together)
         if together:
             self.flats.verify(engine.comm)
         self.flats.absorb(engine)
         return engine
+
+    def step(self) -> None:
+        """One step; what is new to any rank is planned before it.
+
+        Raises:
+            ValueError: On every rank, if the ranks' parameters or options do not match.
+        """
+        engine = self._engine
+        if engine is None or engine.comm.size == 1 or self.flats:
+            self.prepared(together=True).step()
+            return
+        self._follow_edits()
+        if not engine.step(new=self._has_new()):
+            self._plan_new(together=True).step()
 
     def save_state(self) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of every tensor in the groups; a collective."""
@@ -135,20 +148,82 @@ class Binding:
             for entry in self._planned.get(param, ())
         })
 
+    def _has_new(self) -> bool:
+        return any(is_trained(param) for param in self._waiting)
+
+    def _follow_edits(self) -> None:
+        """See which group each parameter is in now: users edit groups, as in torch."""
+        groups = self.optimizer.param_groups
+        sizes = [len(group["params"]) for group in groups]
+        params = [p for group in groups for p in group["params"]]
+        if not (
+            _same(self._groups, groups)
+            and self._sizes == sizes
+            and _same(self._params, params)
+        ):
+            self.originals.follow(self._groups, groups)
+            self._groups, self._sizes, self._params = [*groups], sizes, params
+            self._waiting = [p for p in params if p not in self._planned]
+            self._regroup()
+        # As in torch, the state of what has left stays until the user drops it.
+        for param in [p for p in self._left if p not in self.optimizer.state]:
+            for entry in self._planned.pop(param):
+                entry.release()
+        self._left = [p for p in self._left if p in self._planned]
+
+    def _regroup(self) -> None:
+        """Bring what is planned into the groups it is in now."""
+        place = {p: group for group in self._groups for p in group["params"]}
+        edited = False
+        for param, entries in self._planned.items():
+            # At stage 3 DeepSpeed shows its flat tensors one at a time.
+            member = param in place or bool(self.flats)
+            for entry in entries:
+                group = place.get(param, entry.group)
+                edited |= entry.group is not group or entry.member != member
+                entry.group, entry.member = group, member
+        if not edited or self._engine is None:
+            return
+        self._engine.regroup()
+        self._left = [p for p in self._planned if p not in place and not self.flats]
+        for group in [] if self.flats else self._groups:
+            known = [self._planned.get(p, []) for p in group["params"]]
+            # Saved forms tell states by name, so names go where the parameters go.
+            if "param_names" in group and all(known):
+                group["param_names"] = [entries[0].facts.name for entries in known]
+
+    def _plan_new(self, *, together: bool) -> Engine:
+        """Plan every parameter that is new; a collective."""
+        new, error = [], ""
+        try:
+            new = self._found()
+        except ValueError as problem:
+            error = str(problem)
+        engine = self._engine or self._start(new)
+        one_by_one = not together and any(f.flat for f in new)
+        for batch in [[f] for f in new] if one_by_one else [new]:
+            self._plan(engine, batch, error)
+        self._waiting = [p for p in self._params if p not in self._planned]
+        engine.allocate()
+        return engine
+
     def _found(self) -> list[_Found]:
-        """Every tensor in the groups that is trained."""
+        """Every tensor in the groups that is trained and not planned."""
         found = []
-        for group in self.optimizer.param_groups:
+        waiting = set(self._waiting)
+        for group in self._groups:
+            if waiting.isdisjoint(group["params"]):
+                continue
             for name, param, usual in self.originals.current(group):
-                flat = self.originals.is_flat(param, group)
-                rotate = self.exclusion.rotates(name, by_usual_names=usual)
-                if is_trained(param):
+                if param in waiting and is_trained(param):
+                    flat = self.originals.is_flat(param, group)
+                    rotate = self.exclusion.rotates(name, by_usual_names=usual)
                     found.append(_Found(name, param, group, rotate, flat))
         return found
 
-    def _start(self, found: list[_Found], current: list[Tensor]) -> Engine:
+    def _start(self, found: list[_Found]) -> Engine:
         """An engine over the ranks that hold the parameters between them."""
-        if not current and any(p.requires_grad for p in self.originals.all()):
+        if not self._params and any(p.requires_grad for p in self.originals.all()):
             raise RuntimeError(
                 "DeepSpeed hands its parameters to the optimizer when it steps; make a "
                 "step first"
@@ -159,17 +234,19 @@ class Binding:
                 "the param groups are divided among different ranks (experts of their "
                 "own); give each such group an optimizer of its own"
             )
-        group = groups[0] if groups else find_group(current, self.process_group)
+        group = groups[0] if groups else find_group(self._params, self.process_group)
         self._engine = Engine(self.method, communicator(group), self.distribution)
         return self._engine
 
-    def _plan(self, engine: Engine, new: list[_Found]) -> None:
+    def _plan(self, engine: Engine, new: list[_Found], error: str) -> None:
         """Tell the other ranks of new parameters and plan them."""
         parts: dict[Tensor, list[zero.Slice]] = {}
         counts: list[int] = []
 
         def find() -> list[Piece]:
-            self.exclusion.check(self.originals.names())
+            if error:
+                raise ValueError(error)
+            self.exclusion.check(self.originals.names(self._groups))
             pieces: list[Piece] = []
             for found in new:
                 some = self._pieces(found, parts)
@@ -179,11 +256,12 @@ class Binding:
 
         pieces, mine = publish(find)
         published = engine.comm.all_gather_object(mine)
-        raise_on_mismatch(published)
+        kind = "trainable new" if engine.entries else "trainable"
+        raise_on_mismatch(published, kind)
         holdings = [[h.region for _, h in described] for _, described in published]
         facts = [fact for fact, _ in mine[1]]
         entries = [
-            Entry(fact, layout, piece)
+            Entry(fact, layout, piece, piece.group)
             for fact, layout, piece in zip(facts, zip(*holdings), pieces)
         ]
         first = len(engine.entries)
@@ -207,3 +285,7 @@ class Binding:
             for name, _, known in self.originals.named(group)
         }
         return zero.pieces(parts[param], param, group, self.optimizer, rotates)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from sharded_adadiag.engine import Engine
 
 Pieces = list[Tensor]
+# Which bases are due together may differ from refresh to refresh.
+PLANS_KEPT = 16
 
 
 class BlockUpdates:
@@ -39,9 +42,7 @@ class BlockUpdates:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._refresh_plans: dict[
-            tuple[int, ...], tuple[ExchangePlan, ExchangePlan]
-        ] = {}
+        self._refresh_plans = functools.lru_cache(PLANS_KEPT)(self._make_plans)
 
     def update(
         self,
@@ -116,7 +117,7 @@ class BlockUpdates:
             m for m in bucket.matrices if len(m.route.stages) > k and _rotates(m, k)
         ]
         turn = rotate_back if back else rotate
-        for batch in self.engine.batches(here):
+        for batch in self.engine.batches.of(here):
             stage = batch[0].route.stages[k]
             grads = [work[place[m.index]].to(m.work_dtype) for m in batch]
             states = [self.engine.state_of(m) for m in batch]
@@ -136,7 +137,7 @@ class BlockUpdates:
     ) -> None:
         """Steps 4-6 on this rank's pieces; sums over pieces are fused."""
         place = {m.index: i for i, m in enumerate(bucket.matrices)}
-        batches = self.engine.batches(jobs)
+        batches = self.engine.batches.of(jobs)
         rules = [
             moment_rule(
                 self.engine.method,
@@ -174,7 +175,7 @@ class BlockUpdates:
         """Bytes of each all-reduce of a step, found by a rehearsal on meta tensors."""
         rounds: list[int] = []
         rules, splits = [], []
-        for batch in self.engine.batches(bucket.matrices):
+        for batch in self.engine.batches.of(bucket.matrices):
             m = batch[0]
             if not self.engine.method.factored:
                 break  # Adam's rule waits for nothing
@@ -218,14 +219,14 @@ class BlockUpdates:
         options: dict[int, Options],
     ) -> None:
         """One rank computes each basis; every rank receives it."""
-        key = tuple(m.index for m in matrices)
-        if key not in self._refresh_plans:
-            self._refresh_plans[key] = refresh_plans(matrices, self.engine.comm.size)
-        collect, distribute = self._refresh_plans[key]
         engine, rank = self.engine, self.engine.comm.rank
+        by_gram = [m.by_gram(engine.options_of(m, options).basis) for m in matrices]
+        collect, distribute = self._refresh_plans(
+            tuple(m.index for m in matrices), tuple(by_gram)
+        )
         sent, wire, work = [], [], []
-        for m, piece in zip(matrices, pieces):
-            if m.route.basis_from == "gram":
+        for m, piece, gram in zip(matrices, pieces, by_gram):
+            if gram:
                 # Its own part of the piece: a replica has another.
                 own = next(s for s in m.route.stages if s.left or s.right).layout[rank]
                 block = window(piece, m.matrix.layout[rank], own, m.matrix.cols)
@@ -257,11 +258,19 @@ class BlockUpdates:
         statuses = self._distribute(matrices, found, distribute, options, status)
         engine.raise_together(statuses, failure)
 
+    def _make_plans(
+        self, which: tuple[int, ...], by_gram: tuple[bool, ...]
+    ) -> tuple[ExchangePlan, ExchangePlan]:
+        planned = {m.index: m for m in self.engine.matrices}
+        return refresh_plans(
+            [planned[i] for i in which], by_gram, self.engine.comm.size
+        )
+
     def _basis(
         self, matrix: MatrixPlan, gathered: Tensor, options: dict[int, Options]
     ) -> Basis:
         """On the owner: the new basis, or the one it has where that fails."""
-        if matrix.route.basis_from == "gram":
+        if matrix.by_gram(self.engine.options_of(matrix, options).basis):
             vectors = basis_of_gram(gathered, matrix.work_dtype)
             basis = Basis(
                 vectors if matrix.left else None,
@@ -334,22 +343,23 @@ class BlockUpdates:
 
 
 def refresh_plans(
-    matrices: Sequence[MatrixPlan], world_size: int
+    matrices: Sequence[MatrixPlan], by_gram: Sequence[bool], world_size: int
 ) -> tuple[ExchangePlan, ExchangePlan]:
     """What a refresh moves: to the owners, and the rotations to all ranks.
 
     Args:
         matrices: Those whose bases are due.
+        by_gram: Whether each is computed from Gram blocks.
         world_size: Number of ranks.
 
     Returns:
         The two exchanges.
     """
     collect, distribute = [], []
-    for m in matrices:
+    for m, gram in zip(matrices, by_gram):
         rows, cols, owner = m.matrix.rows, m.matrix.cols, m.route.owner
         sizes = [k for k, wanted in ((rows, m.left), (cols, m.right)) if wanted]
-        if m.route.basis_from == "gram":
+        if gram:
             (k,) = sizes
             summands = replicate(k, k, world_size)
             target = _only(owner, k, k, world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -21,9 +22,23 @@ DTYPE_OPTIONS = frozenset({"state_dtype", "rotation_dtype"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 
 
+def _planned(default: Any) -> Any:
+    """An option that decides what is kept where; it cannot change afterwards."""
+    return dataclasses.field(default=default, metadata={"planned": True})
+
+
+def _steering(default: Any) -> Any:
+    """An option that decides which collectives are made; all ranks must have one."""
+    return dataclasses.field(default=default, metadata={"steering": True})
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
     """What may be set per param group: all but ``distribution`` and the group.
+
+    The plan is made from ``rotate``, ``sides``, ``side``, ``momentum``,
+    ``state_dtype``, ``rotation_dtype`` and ``max_rotated_dim``, which then stay as
+    they are. All others may be changed between steps.
 
     Attributes:
         lr: Learning rate, a number or a one-element tensor.
@@ -60,20 +75,20 @@ class Options:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    sides: Sides = "one"
-    side: Side = "auto"
-    refresh_every: int | None = 200
-    on_refresh: OnRefresh = "carry"
-    basis: Basis = "svd"
-    max_rotated_dim: int = 8192
-    noise_floor: float = 0.0
-    nonfinite: Nonfinite = "raise"
-    state_dtype: torch.dtype | None = None
-    rotation_dtype: torch.dtype | None = None
+    sides: Sides = _planned("one")
+    side: Side = _planned("auto")
+    refresh_every: int | None = _steering(200)
+    on_refresh: OnRefresh = _steering("carry")
+    basis: Basis = _steering("svd")
+    max_rotated_dim: int = _planned(8192)
+    noise_floor: float = _steering(0.0)
+    nonfinite: Nonfinite = _steering("raise")
+    state_dtype: torch.dtype | None = _planned(None)
+    rotation_dtype: torch.dtype | None = _planned(None)
     maximize: bool = False
-    rotate: bool = True
-    momentum: bool = True
-    clip_threshold: float | None = 1.0
+    rotate: bool = _planned(True)
+    momentum: bool = _planned(True)
+    clip_threshold: float | None = _steering(1.0)
 
     def __post_init__(self) -> None:
         for name, (test, rule) in _RULES.items():
@@ -83,8 +98,30 @@ class Options:
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Options:
-        """The options of a param group; its other keys are ignored."""
-        return cls(**{k: group[k] for k in OPTION_NAMES if k in group})
+        """The options of a param group as plain numbers; its other keys are ignored."""
+        own = {k: as_number(group[k]) for k in OPTION_NAMES if k in group}
+        lr = own.get("lr")
+        if isinstance(lr, Tensor) and lr.numel() == 1:
+            own["lr"] = float(lr)  # once a step: on a GPU the host waits for it
+        return cls(**own)
+
+
+def as_number(value: Any) -> Any:
+    """Scalars of numpy as Python's own, also in a pair; all else as it is.
+
+    Saved with a checkpoint they could not be loaded with ``weights_only=True``, and
+    their arithmetic stays in their own precision.
+
+    Args:
+        value: Any value of an option.
+
+    Returns:
+        The same value.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(as_number(v) for v in value)
+    scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
+    return value.item() if scalar and not isinstance(value, Tensor) else value
 
 
 def as_dtype(value: Any) -> Any:
@@ -95,14 +132,15 @@ def as_dtype(value: Any) -> Any:
 
 
 def _is_number(value: object, low: float, *, strict: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
+    value = float(value)
     return math.isfinite(value) and (value > low if strict else value >= low)
 
 
 def _is_lr(value: object) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        return value.numel() == 1 and _is_number(float(value), 0.0)
     return _is_number(value, 0.0)
 
 
@@ -115,7 +153,7 @@ def _are_betas(value: object) -> bool:
 
 
 def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_number(value, 1.0) and isinstance(value, numbers.Integral)
 
 
 def _one_of(*allowed: object) -> tuple[Callable[[Any], bool], str]:
@@ -127,7 +165,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BOOL = _one_of(True, False)
 _DTYPE = _one_of(None, *_FLOATS)
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_is_lr, "it must be a number >= 0 or a one-element tensor"),
+    "lr": (_is_lr, "it must be a number >= 0 or a tensor with one such number"),
     "betas": (_are_betas, "it must be two numbers in [0, 1)"),
     "eps": (lambda v: _is_number(v, 0.0), "it must be a number >= 0"),
     "weight_decay": (lambda v: _is_number(v, 0.0), "it must be a number >= 0"),
@@ -152,5 +190,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it must be a number > 0, or None to switch clipping off",
     ),
 }
-OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+_FIELDS = dataclasses.fields(Options)
+OPTION_NAMES = tuple(field.name for field in _FIELDS)
+PLANNED = tuple(field.name for field in _FIELDS if "planned" in field.metadata)
+STEERING = tuple(field.name for field in _FIELDS if "steering" in field.metadata)
 assert set(_RULES) == set(OPTION_NAMES)

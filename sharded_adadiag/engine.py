@@ -17,12 +17,14 @@ from torch import Tensor
 from sharded_adadiag.agreement import Agreement
 from sharded_adadiag.algorithm.state import Method, plain_moments
 from sharded_adadiag.algorithm.update import update
+from sharded_adadiag.batching import Batches
 from sharded_adadiag.blocks import BlockUpdates, refresh_plans
 from sharded_adadiag.buckets import Bucket, make_buckets
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.config import Options
 from sharded_adadiag.entry import Entry
+from sharded_adadiag.group_options import GroupOptions
 from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.plain import plain_update
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
@@ -32,10 +34,6 @@ from sharded_adadiag.report import Report, make_report
 from sharded_adadiag.saved_state import SavedState
 
 logger = logging.getLogger("sharded_adadiag")
-
-# Matrices of one shape are updated together up to this many elements: enough to
-# keep a GPU busy, few enough to stay in a CPU's cache.
-BATCH_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 class Engine:
@@ -55,11 +53,12 @@ class Engine:
         self.entries: list[Entry] = []
         self.matrices: list[MatrixPlan] = []
         self.buckets: list[Bucket] = []
+        self.group_options = GroupOptions(self)
         self.agreement = Agreement(self)
         self._blocks = BlockUpdates(self)
         self.overdue: set[int] = set()  # matrices whose basis is not of their moments
         self._warned: set[tuple[str, str]] = set()
-        self._batches: dict[tuple[int, ...], list[list[MatrixPlan]]] = {}
+        self.batches = Batches(self)
         self._computing = 0
 
     def extend(self, entries: Sequence[Entry], holdings: list[list[Region]]) -> None:
@@ -80,6 +79,20 @@ class Engine:
         self.entries.extend(entries)
         self.matrices.extend(matrices)
         self.buckets.extend(make_buckets(matrices, self.comm.size))
+        self.group_options.forget()
+
+    def members(self) -> list[MatrixPlan]:
+        """The matrices that are in a param group."""
+        return [m for m in self.matrices if self.entries[m.index].member]
+
+    def regroup(self) -> None:
+        """Take note that parameters left, came back, or changed groups."""
+        members = self.members()
+        bucketed = {m.index for bucket in self.buckets for m in bucket.matrices}
+        if bucketed != {m.index for m in members}:
+            self.buckets = make_buckets(members, self.comm.size)
+        self.batches.forget()
+        self.group_options.forget()
 
     def allocate(self) -> None:
         """Create every state tensor that is missing, with the same keys on all ranks.
@@ -89,6 +102,8 @@ class Engine:
         """
         planned = {matrix.index: matrix for matrix in self.matrices}
         for i, entry in enumerate(self.entries):
+            if not entry.member:
+                continue
             state = entry.state()
             state.setdefault("step", torch.tensor(0.0))
             matrix = planned.get(i)
@@ -142,22 +157,31 @@ class Engine:
     def mark_started(self) -> None:
         """See from the step counts whether a real step has been made."""
         self.agreement.started = any(
-            float(entry.state()["step"]) > 0 for entry in self.entries if entry.state()
+            float(entry.state()["step"]) > 0
+            for entry in self.entries
+            if entry.member and entry.state()
         )
 
-    def step(self) -> None:
+    def step(self, *, new: bool = False) -> bool:
         """One step of every parameter that has a gradient on any rank.
+
+        Args:
+            new: This rank has parameters that are not planned yet.
+
+        Returns:
+            False if any rank has such ones, and nothing was done.
 
         Raises:
             RuntimeError: On every rank, if a gradient anywhere is non-finite or
                 sparse (nothing has changed then), or if an owner fails.
+            ValueError: On every rank, if options are invalid or differ.
         """
-        groups = {id(entry.group): entry.group for entry in self.entries}
-        options = {key: Options.from_group(group) for key, group in groups.items()}
+        now = self.group_options.read()
+        options = now.options
         grads = [entry.grad() for entry in self.entries]
-        present = self.agreement.reach(grads, options)
+        present = self.agreement.reach(grads, now, new=new)
         if present is None:
-            return
+            return not self.agreement.unplanned
         matrices = {matrix.index for matrix in self.matrices}
         for i in matrices:
             if present[i]:
@@ -175,6 +199,7 @@ class Engine:
                     self.overdue.discard(matrix.index)
         others = [i for i, has in enumerate(present) if has and i not in matrices]
         plain_update(self.method, [self.entries[i] for i in others], options)
+        return True
 
     def report(self) -> Report:
         """What every rank computes, keeps and sends."""
@@ -186,6 +211,7 @@ class Engine:
         return sum(
             local(value).nbytes
             for i, entry in enumerate(self.entries)
+            if entry.member
             for key, value in entry.state().items()
             if key == "step" or i not in whole
         )
@@ -195,7 +221,9 @@ class Engine:
         rotated = [m for m in bucket.matrices if m.rotated]
         if bucket.kind == "owner" or not rotated:
             return ()
-        return refresh_plans(rotated, self.comm.size)
+        basis = [self.entries[m.index].group["basis"] for m in rotated]
+        by_gram = [m.by_gram(method) for m, method in zip(rotated, basis)]
+        return refresh_plans(rotated, by_gram, self.comm.size)
 
     def sum_bytes(self, bucket: Bucket) -> list[int]:
         """Bytes of each all-reduce of sums over blocks, in an ordinary step."""
@@ -240,7 +268,8 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.entries[0].param.device if self.entries else torch.device("cpu")
+        here = (entry.param.device for entry in self.entries if entry.member)
+        return next(here, torch.device("cpu"))
 
     def _piece(
         self, matrix: MatrixPlan, grad: Tensor | None, options: dict[int, Options]
@@ -320,7 +349,7 @@ class Engine:
         """Replace this rank's full gradients by updates, a batch at a time."""
         place = {m.index: i for i, m in enumerate(bucket.matrices)}
         mine = [m for m in jobs if m.route.owner == self.comm.rank]
-        for batch in self.batches(mine):
+        for batch in self.batches.of(mine):
 
             def warn(i: int, fallback: str, batch: Any = batch) -> None:
                 self.warn_once(batch[i], fallback)
@@ -337,36 +366,6 @@ class Engine:
             )
             for matrix, result in zip(batch, updates):
                 full[place[matrix.index]] = result
-
-    def batches(self, matrices: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
-        """Matrices alike in shape, layout, options and dtype, some at a time.
-
-        Args:
-            matrices: Of one bucket.
-
-        Returns:
-            The batches, equal on every rank for equal matrices.
-        """
-        key = tuple(m.index for m in matrices)
-        if key not in self._batches:
-            self._batches[key] = self._make_batches(matrices)
-        return self._batches[key]
-
-    def _make_batches(self, matrices: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
-        limit = BATCH_NUMEL.get(self.device.type, BATCH_NUMEL["cuda"])
-        growing: dict[Any, list[MatrixPlan]] = {}
-        full = []
-        for m in matrices:
-            kind = (
-                (m.matrix.rows, m.matrix.cols, m.left, m.right, m.work_dtype),
-                id(self.entries[m.index].group),
-                m.route.stages if m.route.kind == "broadcast" else None,
-            )
-            batch = growing.setdefault(kind, [])
-            batch.append(m)
-            if (len(batch) + 1) * m.matrix.numel > limit:
-                full.append(growing.pop(kind))
-        return full + list(growing.values())
 
     def _apply(self, entry: Entry, piece: Tensor, options: dict[int, Options]) -> None:
         """Step 7 on this rank's shard: decay, then subtract the update."""

@@ -19,12 +19,16 @@ class Entry:
     Attributes:
         facts: What is the same on every rank.
         layout: What each rank holds of its matrix view.
-        piece: What this rank holds: region, tensor, gradient, states, group.
+        piece: What this rank holds: region, tensor, gradient, states.
+        group: The param group that it is in now, or was in last.
+        member: Whether it is in any; if not it is left alone.
     """
 
     facts: Facts
     layout: Layout
     piece: Piece
+    group: dict[str, Any]
+    member: bool = True
 
     @property
     def region(self) -> Region:
@@ -36,15 +40,20 @@ class Entry:
         """The local tensor with the entries of ``region``."""
         return self.piece.find_param()
 
-    @property
-    def group(self) -> dict[str, Any]:
-        """Its param group."""
-        return self.piece.group
-
     def grad(self) -> Tensor | None:
         """The local gradient, or None."""
-        return self.piece.grad()
+        return self.piece.grad() if self.member else None
 
     def state(self) -> dict[str, Any]:
         """Its states."""
         return self.piece.state()
+
+    def release(self) -> None:
+        """Let go of a parameter that has left the groups, as its state has."""
+        self.piece = dataclasses.replace(
+            self.piece, find_param=_gone, grad=_gone, state=_gone, zeros_like=_gone
+        )
+
+
+def _gone(*_: Any) -> Any:
+    raise RuntimeError("the parameter has left the optimizer")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sharded_adadiag.admission import admit, warn_of_unsorted
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Method
 from sharded_adadiag.binding import Binding
 from sharded_adadiag.comm.collectives import communicator
@@ -20,6 +21,7 @@ from sharded_adadiag.config import (
     OPTION_NAMES,
     Options,
     as_dtype,
+    as_number,
 )
 from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations.callers import (
@@ -36,19 +38,6 @@ from sharded_adadiag.report import Report
 FORMAT_VERSION = 1
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-# Keys a group may have besides the options: torch's own, its schedulers', a label.
-_OTHER_KEYS = frozenset({
-    "params",
-    "param_names",
-    "name",
-    "format_version",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "swa_lr",
-    "base_momentum",
-    "max_momentum",
-})
 
 
 class RotatedOptimizer(Optimizer):
@@ -59,7 +48,11 @@ class RotatedOptimizer(Optimizer):
             ``torch.optim`` optimizer. ``param_groups(model)`` makes the two
             groups that the paper uses. A group's ``rotate`` (bool, default True)
             says whether its matrices are rotated. Every option but
-            ``distribution`` and ``process_group`` may be set per group.
+            ``distribution`` and ``process_group`` may be set per group. Groups may
+            be edited between steps, alike on all ranks: parameters may leave, come
+            back and move. What the plan was made from stays as it was: ``rotate``,
+            ``sides``, ``side``, ``momentum``, ``state_dtype``, ``rotation_dtype``
+            and ``max_rotated_dim``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay rates of the first and the second moment.
         eps: Added to the bias-corrected square root of an unfactored second moment.
@@ -74,8 +67,9 @@ class RotatedOptimizer(Optimizer):
         max_rotated_dim: A matrix whose rotated dimension is larger gets plain Adam.
         noise_floor: Rotated entries below this times the gradient's norm count as 0.
         nonfinite: If a gradient has NaN or Inf entries: ``"raise"`` on every rank,
-            ``"skip"`` the step on every rank, or ``"ignore"`` (no check, and no
-            agreement between the ranks).
+            ``"skip"`` the step on every rank, or ``"ignore"``. If all groups ignore,
+            ranks agree on nothing before a step, so that groups which only some
+            ranks have edited, and options made invalid on one, go unnoticed there.
         state_dtype: Of the moments; None is the parameter's.
         rotation_dtype: Of the rotations; None is the moments'.
         distribution: ``"owner"`` (each matrix is computed by one rank),
@@ -135,6 +129,7 @@ class RotatedOptimizer(Optimizer):
         communicator(process_group)  # a wrong group is an error now, not later
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
+        defaults = {name: as_number(value) for name, value in defaults.items()}
         for name in DTYPE_OPTIONS:
             defaults[name] = as_dtype(defaults[name])
         Options.from_group(defaults)
@@ -142,7 +137,15 @@ class RotatedOptimizer(Optimizer):
             self, self.method, distribution, process_group, Exclusion(exclude)
         )
         self._loading: dict[int, dict[str, Any]] | None = None
-        super().__init__(params, defaults)
+        self._told: set[str] = set()
+        groups: Any = params if isinstance(params, Tensor) else list(params)
+        unsorted = [not (isinstance(g, dict) and "rotate" in g) for g in groups]
+        super().__init__(groups, defaults)
+        warn_of_unsorted(
+            [group for group, bare in zip(self.param_groups, unsorted) if bare],
+            self.method,
+            self._binding.originals.is_named,
+        )
 
     @property
     def skipped_steps(self) -> int:
@@ -159,19 +162,15 @@ class RotatedOptimizer(Optimizer):
         """Add a group; as in torch, with its options checked.
 
         Args:
-            param_group: ``params`` and any option of the group.
+            param_group: ``params`` and any option of the group. Other keys are kept;
+                those that torch does not know either are logged once, at WARNING.
 
         Raises:
-            ValueError: For an unknown key or an invalid option.
+            ValueError: For an invalid option.
             TypeError: For a parameter that is not a dense real floating tensor.
         """
         if isinstance(param_group, dict):
-            unknown = set(param_group) - _OTHER_KEYS - {*self.defaults, "rotate"}
-            if unknown:
-                raise ValueError(
-                    f"unknown param group key {min(unknown)!r}; {self.method.name} "
-                    f"knows {', '.join(sorted({*self.defaults, 'rotate'}))}"
-                )
+            admit(param_group, self.defaults, self._told, self.method)
             param_group.setdefault("rotate", True)
             param_group["format_version"] = FORMAT_VERSION
             for name in DTYPE_OPTIONS & set(param_group):
@@ -208,7 +207,8 @@ class RotatedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: On every rank, if the ranks' parameters do not match.
+            ValueError: On every rank, if the ranks' parameters or groups do not
+                match, or an option is invalid or no longer as planned.
             RuntimeError: On every rank, if a gradient is non-finite, sparse or not
                 reduced (nothing has changed then), or if an owner failed; also
                 inside a backward pass.
@@ -218,7 +218,7 @@ class RotatedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._binding.prepared(together=True).step()
+        self._binding.step()
         return loss
 
     @torch.no_grad()
@@ -324,6 +324,7 @@ class RotatedOptimizer(Optimizer):
         # with one key more after a load could not be read where there was no load.
         self.defaults.pop("differentiable", None)
         self.__dict__.setdefault("_loading", None)
+        self.__dict__.setdefault("_told", set())
         if "_binding" not in self.__dict__:  # unpickled or copied
             self._binding = Binding(self, self.method, distribution, None, patterns)
             for group in self.param_groups:

@@ -81,6 +81,17 @@ class MatrixPlan:
         """Whether any side is rotated."""
         return self.left or self.right
 
+    def by_gram(self, basis: str) -> bool:
+        """Whether a basis is computed from the sum of the ranks' Gram blocks.
+
+        Args:
+            basis: The option of its group.
+
+        Returns:
+            False if the gradient is assembled for it.
+        """
+        return basis == "eigh" and self.route.basis_from == "gram"
+
     def state_shapes(self, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of what a rank keeps; placeholders have no entries.
 

@@ -115,11 +115,12 @@ def publish(find: Callable[[], list[Piece]]) -> tuple[list[Piece], Published]:
     return pieces, ("", described)
 
 
-def raise_on_mismatch(published: list[Published]) -> None:
+def raise_on_mismatch(published: list[Published], kind: str) -> None:
     """Compare what the ranks told; all see the same, so all raise the same error.
 
     Args:
         published: By rank.
+        kind: Of the parameters, for messages.
 
     Raises:
         ValueError: For the first difference.
@@ -131,7 +132,7 @@ def raise_on_mismatch(published: list[Published]) -> None:
     for rank, (_, described) in enumerate(published):
         if len(described) != len(first):
             raise ValueError(
-                f"rank 0 has {len(first)} trainable parameters and rank {rank} has "
+                f"rank 0 has {len(first)} {kind} parameters and rank {rank} has "
                 f"{len(described)}; every rank of the group must pass the same ones "
                 "(pipeline stages and experts: each with its own process_group=)"
             )

@@ -30,7 +30,8 @@ def check_replicas(engine: Engine) -> None:
     """
     if engine.comm.size == 1:
         return
-    params = [entry.param.detach() for entry in engine.entries]
+    entries = [entry for entry in engine.entries if entry.member]
+    params = [entry.param.detach() for entry in entries]
     if any(param.is_meta for param in params):
         return
     sums = [
@@ -39,7 +40,7 @@ def check_replicas(engine: Engine) -> None:
     ]
     mine = torch.stack(sums).tolist()  # one transfer to the host
     everyone = engine.comm.all_gather_object(mine)
-    for i, entry in enumerate(engine.entries):
+    for i, entry in enumerate(entries):
         for first, *others in holders(entry.layout).values():
             total, norm = everyone[first][i]
             for other in others:

@@ -133,8 +133,9 @@ def make_report(engine: Engine) -> Report:
         The report, equal on every rank.
     """
     world_size = engine.comm.size
+    matrices = engine.members()
     rows = []
-    for m in engine.matrices:
+    for m in matrices:
         sides = [s for s, wanted in (("left", m.left), ("right", m.right)) if wanted]
         rows.append(
             MatrixRow(
@@ -153,18 +154,18 @@ def make_report(engine: Engine) -> Report:
     plain = engine.comm.all_gather_object(engine.plain_bytes())
     ranks = []
     for rank in range(world_size):
-        owned = [m for m in engine.matrices if m.route.owner == rank]
+        owned = [m for m in matrices if m.route.owner == rank]
         ranks.append(
             RankRow(
                 rank,
                 len(owned),
-                plain[rank] + sum(m.state_bytes(rank) for m in engine.matrices),
+                plain[rank] + sum(m.state_bytes(rank) for m in matrices),
                 agreement
                 + sum(bucket.bytes_sent(rank) for bucket in engine.buckets)
                 + sum(sum(rounds) for rounds in sums),
                 sum(p.bytes_sent(rank) for plans in refreshes for p in plans),
                 sum(m.cost.refresh for m in owned),
-                sum(_step_share(m, rank) for m in engine.matrices),
+                sum(_step_share(m, rank) for m in matrices),
             )
         )
     return Report(
@@ -175,7 +176,7 @@ def make_report(engine: Engine) -> Report:
         + sum(bucket.num_collectives for bucket in engine.buckets)
         + sum(len(rounds) for rounds in sums),
         sum(not plan.is_local for plans in refreshes for plan in plans),
-        len(engine.entries) - len(engine.matrices),
+        sum(entry.member for entry in engine.entries) - len(matrices),
     )
 
 

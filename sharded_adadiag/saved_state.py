@@ -37,13 +37,15 @@ class SavedState:
         self.engine = engine
         self.logical = LogicalState(engine.comm, engine.device)
         self.matrices = {matrix.index: matrix for matrix in engine.matrices}
+        # What has left the param groups is no part of the saved form.
+        self.members = [i for i, entry in enumerate(engine.entries) if entry.member]
 
     def save(self) -> dict[int, dict[str, Any]]:
         """Every state in logical form; a collective."""
         saved: dict[int, dict[str, Any]] = {}
         moving: list[tuple[int, StateTensor]] = []
-        for i, entry in enumerate(self.engine.entries):
-            state = entry.state()
+        for i in self.members:
+            state = self.engine.entries[i].state()
             saved[i] = {"step": state["step"]}
             for tensor in self._tensors(i):
                 value = state[tensor.key]
@@ -64,7 +66,7 @@ class SavedState:
         Args:
             saved: By position of the parameter.
         """
-        for i in set(range(len(self.engine.entries)) if saved else ()) - set(saved):
+        for i in set(self.members if saved else ()) - set(saved):
             name = self.engine.entries[i].facts.name
             _warn(f"{name}: the loaded state has nothing of it; starts anew")
         wanted: list[tuple[int, StateTensor]] = []
@@ -89,7 +91,7 @@ class SavedState:
         """
         tensors = [
             (i, self._in_place(i, tensor))
-            for i in range(len(self.engine.entries))
+            for i in self.members
             for tensor in self._tensors(i)
         ]
         live = [local(self.engine.entries[i].state()[t.key]) for i, t in tensors]

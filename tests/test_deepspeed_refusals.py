@@ -55,7 +55,22 @@ def attempts(rank: int) -> dict[str, str]:
             before_step, deepspeed, lambda m, e: e.optimizer.optimizer.describe()
         ),
         "excluded": excluded(deepspeed),
+        "planned": attempt(Cell("", 1), deepspeed, edit("sides", "two", rank)),
+        "steering": attempt(Cell("", 3), deepspeed, edit("refresh_every", 2, rank)),
+        "live": attempt(Cell("", 3), deepspeed, edit("weight_decay", 0.0, 0)),
     }
+
+
+def edit(option: str, value: Any, rank: int) -> Callable[[Any, Any], None]:
+    """An edit after the first step, on rank 0 only or on all."""
+
+    def poke(model: Any, engine: Any) -> None:
+        advance(engine, Cell("", 0), range(1))
+        if rank == 0:
+            for group in engine.optimizer.optimizer.param_groups:
+                group[option] = value
+
+    return poke
 
 
 def excluded(deepspeed: Any) -> str:
@@ -74,6 +89,9 @@ def test_what_cannot_work_is_refused_by_name_on_every_rank():
         assert "AdaDiag has no option 'foo'" in said["option"]
         assert "make a step first" in said["before a step"]
         assert said["excluded"] == "down.weight"
+        assert "rank 0: " in said["planned"] and "'one' to 'two'" in said["planned"]
+        assert "refresh_every is 2 on rank 0 and 3 on rank 1" in said["steering"]
+        assert said["live"] == "no error"
 
 
 class Wrapper:

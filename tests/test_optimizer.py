@@ -306,11 +306,6 @@ def test_clip_threshold_and_momentum_belong_to_the_methods_that_have_them():
         AdafacDiag(parameters(), clip_threshold=0)
 
 
-def test_an_unknown_group_key_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown param group key 'rotated'"):
-        AdaDiag([{"params": parameters(), "rotated": True}])
-
-
 @pytest.mark.parametrize(
     "tensor,error",
     [

@@ -14,13 +14,15 @@ Private names read, tried with DeepSpeed 0.19.8: of parameters ``_dp_group``,
 ``ds_id``, ``ds_shape``, ``ds_numel``, ``ds_tensor``, ``ds_process_group``,
 ``partition_numel`` and ``_z3_optimizer``; of the latter ``grad_position``,
 ``get_param_id``, ``fp32_partitioned_groups_flat`` and ``swap_optimizer``; of the
-stage 1 and 2 optimizer ``elastic_checkpoint``; ``deepspeed.utils.debug.param_names``.
+stage 1 and 2 optimizer ``elastic_checkpoint``; ``param_names`` of the engine and of
+``deepspeed.utils.debug``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -28,8 +30,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
-from sharded_adadiag.integrations.parameters import Holding, Piece, view_shape
+from sharded_adadiag.integrations.parameters import (
+    Holding,
+    Piece,
+    is_distributed,
+    view_shape,
+)
 from sharded_adadiag.plan.geometry import FlatRange
 
 STATE_KEY = "adadiag"
@@ -62,81 +70,114 @@ class Slice:
         return flat.detach()[self.start : self.start + self.region.numel]
 
 
+@dataclasses.dataclass(slots=True)
+class _Noted:
+    """A param group as it was made."""
+
+    group: dict[str, Any]
+    params: list[TensorWeakRef]
+    names: list[str] | None
+
+
 class Originals:
-    """The parameters that the groups were made of, before DeepSpeed replaced them."""
+    """The parameters that the groups were made of, before DeepSpeed replaced them.
+
+    They are held weakly: under DeepSpeed the model lives on and they with it, while
+    others (accelerate) replace parameters to be rid of them. DTensors, which DeepSpeed
+    never gets, are not held at all: torch does not move one to another device while
+    there is a weak reference to it.
+    """
 
     def __init__(self) -> None:
-        self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._groups: list[_Noted] = []
         self._names: dict[Tensor, str] = {}
 
     def note(self, group: dict[str, Any]) -> None:
         """Remember a new group's parameters."""
         params = list(group["params"])
-        self._groups.append((group, params))
-        self._learn_names(params)
+        given = group.get("param_names")
+        plain = not any(is_distributed(p) for p in params)
+        refs = [TensorWeakRef(p) for p in params] if plain else []
+        self._groups.append(_Noted(group, refs, None if given is None else [*given]))
+        self._learn_names(params, asked=True)
 
     def follow(self, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
-        """Loading a state dict makes new groups in place of the old ones."""
+        """Loading a state dict, or the user, puts new groups in place of old ones."""
         place = {id(group): i for i, group in enumerate(old)}
-        self._groups = [
-            (new[place[id(group)]], params) if id(group) in place else (group, params)
-            for group, params in self._groups
-        ]
+        kept = {id(group) for group in new}
+        for noted in self._groups:
+            i = place.get(id(noted.group), len(new))
+            if i < len(new) and id(noted.group) not in kept:
+                noted.group = new[i]
 
     def of(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters that a group was made of."""
-        return next((p for g, p in self._groups if g is group), list(group["params"]))
+        """The parameters that a group was made of; what is in it if they are gone."""
+        return [param for _, param in self._of(group)]
 
     def all(self) -> list[Tensor]:
-        """The parameters of all groups."""
-        return [param for _, params in self._groups for param in params]
+        """The parameters of all groups that are still there."""
+        found = [ref() for noted in self._groups for ref in noted.params]
+        return [param for param in found if param is not None]
 
-    def names(self) -> list[str]:
+    def names(self, groups: list[dict[str, Any]]) -> list[str]:
         """The names of the parameters of all groups."""
-        return [name for group, _ in self._groups for name, _, _ in self.named(group)]
+        return [name for group in groups for name, _, _ in self.named(group)]
 
     def named(self, group: dict[str, Any]) -> Named:
         """Name, parameter, and whether DeepSpeed named it rather than the user."""
-        params = self.of(group)
-        given = group.get("param_names")
-        if given is not None:
-            return [(name, p, False) for name, p in zip(given, params)]
-        self._learn_names(params)
-        place = {p: i for i, p in enumerate(self.all())}
+        found = self._of(group)
+        self._learn_names([param for _, param in found])
+        place = {id(p): i for i, p in enumerate(self.all())}
         return [
-            (self._names[p], p, True)
+            (name, p, False)
+            if name is not None
+            else (self._names[p], p, True)
             if p in self._names
-            else (f"parameter {place.get(p, i)}", p, False)
-            for i, p in enumerate(params)
+            else (f"parameter {place.get(id(p), i)}", p, False)
+            for i, (name, p) in enumerate(found)
         ]
 
     def current(self, group: dict[str, Any]) -> Named:
-        """The same of what is in the group now; flat tensors have no name."""
+        """The same of what is in the group now; flat tensors have no name.
+
+        Args:
+            group: One of the optimizer's.
+
+        Returns:
+            One for each tensor in the group.
+
+        Raises:
+            ValueError: If there is no telling which name is whose.
+        """
+        params, given = group["params"], group.get("param_names")
+        flat = [self.is_flat(param, group) for param in params]
+        if given is not None and len(given) == len(params) and not any(flat):
+            return [(name, param, False) for name, param in zip(given, params)]
         named = self.named(group)
-        own = {param: (name, known) for name, param, known in named}
+        own = {id(param): (name, known) for name, param, known in named}
         trained = [(name, known) for name, param, known in named if param.requires_grad]
+        if len(params) == len(named):
+            trained = [(name, known) for name, _, known in named]
         # At stage 0 in low precision, float32 copies stand for the trained ones.
-        copies = len(group["params"]) == len(trained)
+        copies = len(params) == len(trained)
         found = []
-        for i, param in enumerate(group["params"]):
-            name, known = "", False
-            if not self.is_flat(param, group):
-                other = trained[i] if copies else (f"parameter {i}", False)
-                name, known = own.get(param, other)
+        for i, param in enumerate(params):
+            other = trained[i] if copies else (f"parameter {i}", False)
+            if given is not None and not (copies or id(param) in own or flat[i]):
+                raise ValueError(
+                    f"a param group has {len(params)} params and {len(given)} "
+                    "param_names, so a new one has no name; edit both lists alike"
+                )
+            name, known = ("", False) if flat[i] else own.get(id(param), other)
             found.append((name, param, known))
         return found
 
-    def _learn_names(self, params: list[Tensor]) -> None:
-        """Ask DeepSpeed for names it may forget: it does when any engine is deleted."""
-        debug = sys.modules.get("deepspeed.utils.debug")
-        if debug is not None:
-            known = debug.param_names
-            self._names |= {p: known[p] for p in params if p in known}
-
     def is_flat(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Whether DeepSpeed put a tensor in the place of the group's parameters."""
+        if param.dim() != 1 or is_distributed(param):
+            return False
         params = self.of(group)
-        if param.dim() != 1 or any(param is p for p in params):
+        if any(param is p for p in params):
             return False
         return any(hasattr(p, "ds_id") or hasattr(p, "_dp_group") for p in params)
 
@@ -147,6 +188,34 @@ class Originals:
                 if hasattr(param, name):
                     return getattr(param, name)
         return None
+
+    def is_named(self, param: Tensor) -> bool:
+        """Whether DeepSpeed named a parameter."""
+        return param in self._names
+
+    def _of(self, group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
+        """Name, if the user gave any, and parameter of what a group was made of."""
+        given = group.get("param_names")
+        present = group["params"]
+        for noted in self._groups:
+            params = [ref() for ref in noted.params]
+            alive = [param for param in params if param is not None]
+            if noted.group is group and params and len(alive) == len(params):
+                present, given = alive, noted.names
+        if given is None or len(given) != len(present):
+            given = [None] * len(present)
+        return list(zip(given, present))
+
+    def _learn_names(self, params: list[Tensor], *, asked: bool = False) -> None:
+        """Ask DeepSpeed for names it may forget: it does when any engine is deleted."""
+        debug = sys.modules.get("deepspeed.utils.debug")
+        if debug is None:
+            return
+        known: list[Any] = [debug.param_names]
+        if asked:
+            known += [getattr(c, "param_names", {}) for c in _deepspeed_callers()]
+        for names in known:
+            self._names |= {p: names[p] for p in params if p in names}
 
 
 def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Slice]:
@@ -285,19 +354,25 @@ def _refuse_settings(flat: Tensor) -> None:
             f"DeepSpeed's master weights are {flat.dtype}; AdaDiag needs float32 ones: "
             "remove bf16_master_weights_and_grads (fp16_master_weights_and_grads)"
         )
+    for caller in _deepspeed_callers():
+        if getattr(caller, "swap_optimizer", False):
+            raise NotImplementedError(
+                "offload_optimizer to NVMe swaps states as flat tensors; a rotated "
+                'matrix has none: set "offload_optimizer": {"device": "cpu"}'
+            )
+        if getattr(caller, "elastic_checkpoint", False):
+            raise NotImplementedError(
+                '"elastic_checkpoint" cuts states as flat tensors; remove it: a '
+                "universal checkpoint or sharded_adadiag's portable one changes "
+                "the number of ranks"
+            )
+
+
+def _deepspeed_callers() -> Iterator[Any]:
+    """The objects of DeepSpeed whose methods called us, the nearest first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if type(caller).__module__.startswith("deepspeed.runtime"):
-            if getattr(caller, "swap_optimizer", False):
-                raise NotImplementedError(
-                    "offload_optimizer to NVMe swaps states as flat tensors; a rotated "
-                    'matrix has none: set "offload_optimizer": {"device": "cpu"}'
-                )
-            if getattr(caller, "elastic_checkpoint", False):
-                raise NotImplementedError(
-                    '"elastic_checkpoint" cuts states as flat tensors; remove it: a '
-                    "universal checkpoint or sharded_adadiag's portable one changes "
-                    "the number of ranks"
-                )
+            yield caller
         frame = frame.f_back

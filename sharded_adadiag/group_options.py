@@ -1,0 +1,171 @@
+"""The options of the param groups, which users and schedulers edit between steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sharded_adadiag.config import PLANNED, STEERING, Options
+
+if TYPE_CHECKING:
+    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.entry import Entry
+
+_planned = operator.attrgetter(*PLANNED)
+_steering = operator.attrgetter(*STEERING)
+# Of each parameter: its name, a number for its group, and what steers collectives;
+# the latter two are None for one that is in no group.
+Membership = list[tuple[str, int | None, tuple[Any, ...] | None]]
+
+
+class Reading(NamedTuple):
+    """The options of one step.
+
+    Attributes:
+        options: Of each group, by its identity.
+        complaint: What is wrong with them on this rank; empty if nothing is.
+        fingerprint: Equal on two ranks if they have the same parameters in each group
+            and the same of what steers collectives; 31 bits.
+    """
+
+    options: dict[int, Options]
+    complaint: str
+    fingerprint: int
+
+
+class GroupOptions:
+    """Reads the options of an engine's groups, at every step.
+
+    Args:
+        engine: Whose entries say which groups there are.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        """What was found is out of date: entries came, left or changed groups."""
+        self._known: list[tuple[Any, ...]] | None = None
+        self._fingerprint = 0
+        self._groups = {id(e.group): e.group for e in self.engine.entries if e.member}
+
+    def read(self) -> Reading:
+        """The options as they are now; no collective."""
+        options: dict[int, Options] = {}
+        try:
+            for key, group in self._groups.items():
+                options[key] = Options.from_group(group)
+        except (TypeError, ValueError) as error:
+            return Reading({}, f"{self._first_of(key)}: {error}", 0)
+        known = [(*_planned(own), *_steering(own)) for own in options.values()]
+        if known != self._known:
+            complaint = self._complaint(options)
+            if complaint:
+                return Reading(options, complaint, 0)
+            text = repr([row[1:] for row in self.membership(options)])
+            self._known, self._fingerprint = known, zlib.crc32(text.encode()) >> 1
+        return Reading(options, "", self._fingerprint)
+
+    def membership(self, options: dict[int, Options]) -> Membership:
+        """What the ranks must agree on; groups are numbered as they are met.
+
+        Args:
+            options: Of each group, by its identity.
+
+        Returns:
+            One row for each entry.
+        """
+        number = {key: i for i, key in enumerate(self._groups)}
+        return [
+            (e.facts.name, number[id(e.group)], _steering(options[id(e.group)]))
+            if e.member and id(e.group) in options
+            else (e.facts.name, None, None)
+            for e in self.engine.entries
+        ]
+
+    def _first_of(self, key: int) -> str:
+        return next(
+            f"the param group of {e.facts.name}"
+            for e in self.engine.entries
+            if e.member and id(e.group) == key
+        )
+
+    def _complaint(self, options: dict[int, Options]) -> str:
+        """The first option that is not as planned."""
+        matrices = {m.index: m for m in self.engine.matrices}
+        for i, entry in enumerate(self.engine.entries):
+            if not entry.member:
+                continue
+            now = options[id(entry.group)]
+            if text := _change(entry, now):
+                return text
+            matrix = matrices.get(i)
+            if matrix is not None and matrix.route.kind == "broadcast":
+                if now.on_refresh == "reproject" and matrix.left and matrix.right:
+                    return (
+                        f"{entry.facts.name}: on_refresh became 'reproject', for which "
+                        "a matrix rotated on two sides must be whole, but it is "
+                        "planned in blocks; set it from the beginning, or pass "
+                        'distribution="owner"'
+                    )
+        return ""
+
+
+def differences(told: Sequence[tuple[str, Membership]]) -> str:
+    """What the ranks do not agree on.
+
+    Args:
+        told: By rank, its complaint and its membership.
+
+    Returns:
+        The first complaint or difference, equal on every rank.
+    """
+    for rank, (complaint, _) in enumerate(told):
+        if complaint:
+            return f"rank {rank}: {complaint}" if len(told) > 1 else complaint
+    first = told[0][1]
+    for rank, (_, rows) in enumerate(told):
+        for (name, group, steering), (_, wanted, asked) in zip(rows, first):
+            if steering is None or asked is None:
+                if steering is not asked:
+                    has, lacks = (0, rank) if steering is None else (rank, 0)
+                    return (
+                        f"{name}: the param groups of rank {has} have it, those of "
+                        f"rank {lacks} do not; edit them alike on every rank"
+                    )
+                continue
+            for option, value, other in zip(STEERING, steering, asked):
+                if value != other:
+                    return (
+                        f"{name}: {option} is {other!r} on rank 0 and {value!r} on "
+                        f"rank {rank}; it steers what ranks do together, so set it "
+                        "alike on every rank"
+                    )
+            if group != wanted:
+                return (
+                    f"{name}: rank {rank} has it in another param group than rank 0; "
+                    "edit them alike on every rank"
+                )
+    return "the param groups differ between ranks; edit them alike on every rank"
+
+
+def _change(entry: Entry, now: Options) -> str:
+    """What of a parameter's planned options has changed; empty if nothing has."""
+    old, matrix = entry.facts.options, len(entry.facts.shape) > 1
+    now = dataclasses.replace(now, rotate=now.rotate and entry.piece.rotate)
+    # The others mean nothing to what is updated in place.
+    relevant = {"momentum", "state_dtype", *(["rotate"] if matrix else [])}
+    for name in PLANNED:
+        before, after = getattr(old, name), getattr(now, name)
+        if before != after and (name in relevant or (matrix and old.rotate)):
+            return (
+                f"{entry.facts.name}: {name} of its param group changed from "
+                f"{before!r} to {after!r}, but its state was laid out for the former; "
+                "set it before the first step, or make a new optimizer and load this "
+                "one's state_dict into it"
+            )
+    return ""
