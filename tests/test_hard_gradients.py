@@ -111,8 +111,8 @@ def test_the_steps_are_those_of_the_reference(method, sides, basis, kind):
     reference = ReferenceOptimizer(method.lower(), theirs, lr=LR, **options)
     for step in range(STEPS):
         for i, pair in enumerate(zip(ours, theirs)):
-            # Once: what makes it orthogonal rounds by address on some CPUs.
-            grad = gradient(case, i, step)
+            # Of one order in memory, which decides how products round.
+            grad = gradient(case, i, step).contiguous()
             for weight in pair:
                 weight.grad = grad.clone()
         opt.step()

@@ -116,7 +116,9 @@ def _basis(g: Tensor, left: bool, right: bool, basis: str) -> dict[str, Tensor]:
     """P and Q: the singular vectors of G, or eigenvectors of its Gram matrices."""
     rank = min(g.shape)
     if basis == "svd":
-        u, _, vh = torch.linalg.svd(g, full_matrices=True)
+        # Equal singular values have many bases; which one comes out depends on this.
+        full = max(g.shape[0] * left, g.shape[1] * right) > rank
+        u, _, vh = torch.linalg.svd(g, full_matrices=full)
         # Either sign of a pair (u, v) is a solution. The largest entry of u is made
         # positive and v follows; a v without a partner obeys the rule itself.
         q_signs = torch.cat([_signs(u)[:rank], _signs(vh.mT)[rank:]])
