@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -217,7 +218,7 @@ class Binding:
             for name, param, usual in self.originals.current(group):
                 if param in waiting and is_trained(param):
                     flat = self.originals.is_flat(param, group)
-                    rotate = self.exclusion.rotates(name, by_usual_names=usual)
+                    rotate = self._rotates(name, param.shape, usual)
                     found.append(_Found(name, param, group, rotate, flat))
         return found
 
@@ -273,6 +274,11 @@ class Binding:
                 self.flats.add(found.param, parts[found.param], range(first, last))
             first = last
 
+    def _rotates(self, name: str, shape: Sequence[int], guess: bool) -> bool:
+        """Whether a parameter's name (and shape, if DeepSpeed named it) lets it."""
+        names = set(self.originals.names(self._groups)) if guess else set[str]()
+        return self.exclusion.rotates(name, shape, names, guess=guess)
+
     def _pieces(
         self, found: _Found, parts: dict[Tensor, list[zero.Slice]]
     ) -> list[Piece]:
@@ -280,9 +286,10 @@ class Binding:
         if not flat:
             return [piece(param, name, group, self.optimizer, rotate=rotate)]
         parts[param] = zero.slices(self.originals, param, group)
+        guessed = {name: known for name, _, known in self.originals.named(group)}
         rotates = {
-            name: self.exclusion.rotates(name, by_usual_names=known)
-            for name, _, known in self.originals.named(group)
+            part.name: self._rotates(part.name, part.shape, guessed[part.name])
+            for part in parts[param]
         }
         return zero.pieces(parts[param], param, group, self.optimizer, rotates)
 

@@ -24,6 +24,7 @@ from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.config import Options
 from sharded_adadiag.entry import Entry
+from sharded_adadiag.exclusion import LOPSIDED
 from sharded_adadiag.group_options import GroupOptions
 from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.plain import plain_update
@@ -78,6 +79,8 @@ class Engine:
         )
         self.entries.extend(entries)
         self.matrices.extend(matrices)
+        if self.comm.rank == 0:
+            _warn_of_lopsided(matrices)
         self.buckets.extend(make_buckets(matrices, self.comm.size))
         self.group_options.forget()
 
@@ -375,3 +378,18 @@ class Engine:
         if group.weight_decay:
             param.mul_(1.0 - lr * group.weight_decay)
         param.add_(piece.view(param.shape), alpha=-lr)
+
+
+def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:
+    for matrix in matrices:
+        rows, cols = matrix.matrix.rows, matrix.matrix.cols
+        if matrix.rotated and max(rows, cols) > LOPSIDED * min(rows, cols):
+            logger.warning(
+                "%s: rotated as a %d x %d matrix, more than %d times as long as wide; "
+                "if it is a stack of matrices or a table, put it in a group with "
+                '"rotate": False',
+                matrix.matrix.name,
+                rows,
+                cols,
+                LOPSIDED,
+            )

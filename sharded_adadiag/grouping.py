@@ -1,7 +1,7 @@
 """Which parameters are rotated: the two param groups of a model.
 
-The decision is by module type, never by parameter name, because names differ
-between model families and a wrong guess trains without an error.
+The decision is by module type wherever that tells. Names, which differ between model
+families, are asked for bare parameters and routers only; `exclusion` has the list.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ import fnmatch
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase  # of all batch and instance norms
+from torch.nn.modules.conv import _ConvNd  # of all convolutions
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_adadiag.exclusion import MATRIX, kind_by_module, kind_by_name, stack
 from sharded_adadiag.integrations.fsdp1 import remember
 from sharded_adadiag.integrations.fsdp2 import refuse_unsharded
 from sharded_adadiag.integrations.parameters import logical_shape
 
 _LOGGER = logging.getLogger("sharded_adadiag")
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Child names under which FSDP1, torch.compile and checkpoint_wrapper keep the
 # wrapped module; they are no part of a parameter's name.
@@ -40,7 +39,8 @@ class _Entry:
 
     names: list[str]
     param: nn.Parameter
-    kind: str = "matrix"  # or why it is not rotated
+    kind: str = MATRIX  # or why it is not rotated
+    convolution: bool = False
 
 
 def param_groups(
@@ -48,19 +48,22 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into a rotated and a plain param group.
 
-    Rotated are the matrices of the hidden layers: every parameter whose matrix
-    view (first dimension x all the others) has both sides larger than one,
-    convolutions and attention projections included. Not rotated are 1-D
-    parameters, those of embeddings and norms, and the output head. A parameter
-    tied to an embedding is an embedding.
+    Rotated are the matrices of the hidden layers: 2-D parameters and the weights of
+    convolutions (as ``out x rest``) whose both sides are larger than one. Not rotated
+    are 1-D parameters, those of embeddings and norms, the output head, and what only
+    looks like a matrix: biases of experts, routers, position tables, decays,
+    depthwise convolutions, directions of a weight norm (the list is in
+    `sharded_adadiag.exclusion`). A parameter tied to an embedding is an embedding. Of
+    other parameters of three and more dimensions, such as stacked experts
+    ``(E, out, in)``, none is rotated: one rotation of all would mix them.
 
     The head is what Hugging Face's ``get_output_embeddings()`` returns. A model
     without it has its last ``nn.Linear`` for a head, unless that lies in a
     repeated block (one of several alike in an ``nn.ModuleList``,
     ``nn.Sequential`` or ``nn.ModuleDict``): such a model has no head.
 
-    A bare 2-D ``nn.Parameter`` cannot be told from a weight: name position
-    tables of shape (length, width) in `exclude`.
+    A bare 2-D ``nn.Parameter`` cannot be told from a weight: name tables of shape
+    (length, width) whose name does not tell either in `exclude`.
 
     Call it on the whole model, before or after ``fully_shard``, ``torch.compile``
     or DistributedDataParallel; tensors on the meta device will do. Every
@@ -96,10 +99,7 @@ def param_groups(
     heads = _heads(model)
     entries = _entries(model)
     _mark_by_module(entries, model, heads.values())
-    for entry in entries.values():
-        if entry.kind == "matrix" and min(_matrix_shape(entry.param)) <= 1:
-            flat = len(logical_shape(entry.param)) < 2
-            entry.kind = "1-D" if flat else "a side of 1"
+    _mark_by_name_and_shape(entries.values())
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for pattern in patterns:
         if not _mark_excluded(entries, pattern):
@@ -116,7 +116,7 @@ def param_groups(
         params = [
             (entry.names[0], entry.param)
             for entry in entries.values()
-            if (entry.kind == "matrix") is rotate
+            if (entry.kind == MATRIX) is rotate
         ]
         if params:
             groups.append({"params": params, "rotate": rotate})
@@ -212,15 +212,33 @@ def _mark_by_module(
 ) -> None:
     """Set the kind of what lies in (or is tied to) embeddings, norms and heads."""
     modules = [module for _, module, _ in _walk(model)]
-    marked: list[tuple[str, Iterable[nn.Module]]] = [
-        ("head", heads),
-        ("norm", (m for m in modules if isinstance(m, _NORMS))),
-        ("embedding", (m for m in modules if isinstance(m, _EMBEDDINGS))),
-    ]  # the later wins: a head tied to the embedding is an embedding
-    for kind, owners in marked:
-        for owner in owners:
-            for param in owner.parameters():
-                entries[id(param)].kind = kind
+    for head in heads:
+        for param in head.parameters():
+            entries[id(param)].kind = "head"
+    for module in modules:
+        kind = kind_by_module(module)
+        # The later wins: a head tied to the embedding is an embedding.
+        for param in module.parameters() if kind else ():
+            entries[id(param)].kind = kind
+        if isinstance(module, _ConvNd):
+            for param in module.parameters(recurse=False):
+                entries[id(param)].convolution = True
+
+
+def _mark_by_name_and_shape(entries: Collection[_Entry]) -> None:
+    """Set the kind of what its module does not tell."""
+    names = {name for entry in entries for name in entry.names}
+    for entry in entries:
+        if entry.kind != MATRIX:
+            continue
+        shape = logical_shape(entry.param)
+        if min(_matrix_shape(entry.param)) <= 1:
+            entry.kind = "1-D" if len(shape) < 2 else "a side of 1"
+            continue
+        kinds = [kind_by_name(name, shape, names) for name in entry.names]
+        if len(shape) > 2 and not entry.convolution:
+            kinds.append(stack(shape))
+        entry.kind = next(filter(None, kinds), MATRIX)
 
 
 def _mark_excluded(entries: dict[int, _Entry], pattern: str) -> bool:
@@ -231,13 +249,15 @@ def _mark_excluded(entries: dict[int, _Entry], pattern: str) -> bool:
         if any(fnmatch.fnmatchcase(name, pattern) for name in entry.names)
     ]
     for entry in matched:
-        if entry.kind == "matrix":
+        if entry.kind == MATRIX:
             entry.kind = "excluded"
     return bool(matched)
 
 
 def _report(entries: list[_Entry], heads: list[str]) -> str:
-    """A table of what is rotated, parameters alike in all layers on one line."""
+    """A table of what is trained, parameters alike in all layers on one line."""
+    frozen = [entry for entry in entries if not entry.param.requires_grad]
+    entries = [entry for entry in entries if entry.param.requires_grad]
     rows: dict[tuple[str, str, str], list[_Entry]] = {}
     for entry in entries:
         parts = entry.names[0].split(".")
@@ -246,15 +266,20 @@ def _report(entries: list[_Entry], heads: list[str]) -> str:
         rows.setdefault((entry.kind, name, shape), []).append(entry)
     lines = []
     for rotate in (True, False):
-        group = [e for e in entries if (e.kind == "matrix") is rotate]
+        group = [e for e in entries if (e.kind == MATRIX) is rotate]
         numel = sum(entry.param.numel() for entry in group)
         title = "rotated" if rotate else "not rotated"
         lines.append(f"{title}: {len(group)} parameters, {numel:,} elements")
         for (kind, name, shape), alike in rows.items():
-            if (kind == "matrix") is not rotate:
+            if (kind == MATRIX) is not rotate:
                 continue
             name = alike[0].names[0] if len(alike) == 1 else f"{name} x{len(alike)}"
             reason = "" if rotate else f", {kind}"
+            if kind.startswith("stack"):
+                reason += ", not rotated"
             lines.append(f"  {name} ({shape}{reason})")
+    if frozen:
+        numel = sum(entry.param.numel() for entry in frozen)
+        lines.append(f"frozen: {len(frozen)} parameters, {numel:,} elements")
     lines.append(f"output head: {', '.join(heads) or 'none found'}")
     return "\n".join(lines)
