@@ -7,6 +7,7 @@ gets regions and plain local tensors) and no formula (it calls `algorithm`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +153,11 @@ class Engine:
             saved: By position of the parameter.
         """
         SavedState(self).load(saved)
+        self.mark_loaded()
+
+    def mark_loaded(self) -> None:
+        """The states, and weights beside them, are others than before."""
+        self.agreement.compared = 0
         self.mark_started()
 
     def mark_started(self) -> None:
@@ -254,10 +260,15 @@ class Engine:
         """The local gradient in the shape of its region; zeros if there is none."""
         entry = self.entries[matrix.index]
         if grad is None:
-            return torch.zeros(
-                entry.region.shape, dtype=entry.facts.dtype, device=entry.param.device
-            )
-        piece = grad.reshape(entry.region.shape).to(entry.facts.dtype)
+            dtype, device = entry.facts.grad_dtype, entry.param.device
+            return torch.zeros(entry.region.shape, dtype=dtype, device=device)
+        piece = grad.reshape(entry.region.shape).to(entry.facts.grad_dtype)
+        # Greater entries count as this: their squares overflow as it is, and what is
+        # summed over them on the way (norms, products with a rotation) does not.
+        limit = torch.finfo(matrix.work_dtype).max / (2 * matrix.matrix.numel)
+        largest = self.agreement.largest.get(matrix.index, math.inf)
+        if min(largest, torch.finfo(piece.dtype).max) > limit:
+            piece = piece.clamp(-limit, limit)
         # The order in memory decides how a product rounds, and is lost on the way.
         piece = piece.contiguous()
         return -piece if self.options_of(matrix, options).maximize else piece
@@ -272,7 +283,7 @@ class Engine:
         """Gradients to their owners, the plain algorithm there, updates back."""
         gather, scatter = bucket.hops[0]
         work = [m.work_dtype for m in bucket.matrices]
-        wire = [self.entries[m.index].facts.dtype for m in bucket.matrices]
+        wire = [self.entries[m.index].facts.grad_dtype for m in bucket.matrices]
         device = self.device
         full, _ = self.exchange.run(
             gather, pieces, wire, work, device=device, slot="gathered"

@@ -99,7 +99,7 @@ class FlatStates:
                 wanted = engine.entries[i].state()
                 values[i] = {k: v for k, v in fits.items() if k in wanted} | own
         SavedState(engine).load_pieces(values)
-        engine.mark_started()
+        engine.mark_loaded()
 
     def absorb(self, engine: Engine) -> None:
         """Take over flat states that a universal checkpoint has left; a collective.
@@ -129,7 +129,7 @@ class FlatStates:
                 del state[key]
         if left:
             SavedState(engine).load_pieces(values, bases="due")
-            engine.mark_started()
+            engine.mark_loaded()
             warnings.warn(
                 f"the universal checkpoint has no bases: those of "
                 f"{len(rotated & set(values))} matrices are computed at the next step",
