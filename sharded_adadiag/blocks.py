@@ -177,8 +177,9 @@ class BlockUpdates:
         rules, splits = [], []
         for batch in self.engine.batches.of(bucket.matrices):
             m = batch[0]
-            if not self.engine.method.factored:
-                break  # Adam's rule waits for nothing
+            options = Options.from_group(self.engine.entries[m.index].group)
+            if not self.engine.method.factored and options.noise_floor == 0.0:
+                continue  # Adam's rule waits for nothing
             shapes = m.state_shapes(self.engine.comm.rank)
             region = m.route.moments.layout[self.engine.comm.rank]
             rules.append(
@@ -193,7 +194,7 @@ class BlockUpdates:
                         }
                         for _ in batch
                     ],
-                    Options.from_group(self.engine.entries[m.index].group),
+                    options,
                     [1] * len(batch),
                     (m.matrix.rows, m.matrix.cols),
                 )
