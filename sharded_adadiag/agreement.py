@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharded_adadiag.config import Options
 from sharded_adadiag.group_options import Reading, differences
-from sharded_adadiag.replicas import check_replicas
+from sharded_adadiag.replicas import check_presence, check_replicas, has_replicas
 
 if TYPE_CHECKING:
     from sharded_adadiag.engine import Engine
 
-_NONFINITE, _SPARSE, _UNREDUCED = 1, 2, 3
+_NONFINITE, _SPARSE, _UNREDUCED, _WIDER = 1, 2, 3, 4
+_KINDS = 8
+# A problem is 8 x the parameter's position + its kind, and this much more if it ends
+# the step with an error: the greatest of all ranks is the one that is dealt with.
+_FATAL = 1 << 30
 # After 0 and 1: whether any gradient is not zero.
 _NEW, _COMPLAINT = 2, 3
 
@@ -24,11 +27,12 @@ _NEW, _COMPLAINT = 2, 3
 class Agreement:
     """One small all-reduce at the head of a step.
 
-    It carries whether each parameter has a gradient on any rank, the worst problem
-    found on any, and (until the first real step) whether any gradient is not zero:
-    torch's state-dict helpers and DeepSpeed make a first step with zero gradients
-    only to create the states. Further it tells whether a rank has new parameters or
-    invalid options, and compares the ranks' param groups by a fingerprint.
+    It carries whether each parameter has a gradient on any rank and, if ranks hold
+    copies, whether it is missing on any; the worst problem found on any; and (until
+    the first real step) whether any gradient is not zero: torch's state-dict helpers
+    and DeepSpeed make a first step with zero gradients only to create the states.
+    Further it tells whether a rank has new parameters or invalid options, and compares
+    the ranks' param groups by a fingerprint.
 
     Once every group says ``nonfinite="ignore"`` there is none, and none of this is
     compared: ranks must then edit their groups alike.
@@ -38,22 +42,36 @@ class Agreement:
 
     Attributes:
         started: A real step has been made.
+        compared: Number of parameters whose replicas were found to be equal.
         unplanned: The last call found new parameters and did nothing else.
         skipped_steps: Steps skipped for a non-finite gradient.
+        largest: The magnitude of this rank's gradients in this step, by position of
+            the parameter, as far as it was looked at.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.started = False
+        self.compared = 0
         self.skipped_steps = 0
         self.unplanned = False
+        self.largest: dict[int, float] = {}
+        self._copied: list[bool] = []
         self._checked = True  # ranks that stop checking must have agreed to it
+
+    @property
+    def copied(self) -> list[bool]:
+        """Whether ranks hold copies of any part of each parameter."""
+        for entry in self.engine.entries[len(self._copied) :]:
+            self._copied.append(has_replicas(entry.layout))
+        return self._copied
 
     def nbytes(self) -> int:
         """Bytes of the all-reduce of an ordinary step; 0 if there is none."""
         entries = self.engine.entries
         checked = any(e.member and e.group["nonfinite"] != "ignore" for e in entries)
-        return 4 * (len(entries) + 4) if self.engine.comm.size > 1 and checked else 0
+        flags = len(entries) + sum(self.copied) + 4
+        return 4 * flags if self.engine.comm.size > 1 and checked else 0
 
     def reach(
         self, grads: Sequence[Tensor | None], now: Reading, *, new: bool
@@ -70,46 +88,71 @@ class Agreement:
 
         Raises:
             RuntimeError: On every rank, for a gradient on any that is sparse, not
-                finite, or not the rank's piece of the whole.
+                finite, of a wider dtype than planned or not the rank's piece of the
+                whole, or that is missing on one of two ranks with the same piece.
             ValueError: On every rank, for options that are invalid or fixed by the
                 plan, param groups that differ between ranks and, before the first
-                step, different replicas.
+                step and the first one after a load, different replicas.
         """
+        engine = self.engine
         own = _COMPLAINT if now.complaint else _NEW if new else 0
-        checked = [
-            not own and e.member and now.options[id(e.group)].nonfinite != "ignore"
-            for e in self.engine.entries
+        policies = [
+            "ignore" if own or not e.member else now.options[id(e.group)].nonfinite
+            for e in engine.entries
         ]
         present = [int(grad is not None) for grad in grads]
-        problem = 0 if own else self._problem(grads, checked)
+        problem = 0 if own else self._problem(grads, policies)
         state = own or int(
             self.started
             or any(g is not None and not problem and bool(g.any()) for g in grads)
         )
-        flags = [*present, problem, state, now.fingerprint, -now.fingerprint]
-        if self.engine.comm.size > 1 and (
-            any(checked) or self._checked or not self.started
-        ):
+        checked = any(policy != "ignore" for policy in policies)
+        flags = [*present, *self._missing(grads)]
+        flags += [problem, state, now.fingerprint, -now.fingerprint]
+        if engine.comm.size > 1 and (checked or self._checked or not self.started):
             shared = torch.tensor(flags, dtype=torch.int32)
-            shared = shared.to(self.engine.comm.device(self.engine.device))
-            self.engine.comm.all_reduce_max_(shared)
+            shared = shared.to(engine.comm.device(engine.device))
+            engine.comm.all_reduce_max_(shared)
             flags = shared.tolist()
-        *present, problem, state, high, low = flags
+        *flags, problem, state, high, low = flags
         self.unplanned = state == _NEW
         if state == _COMPLAINT or high != -low:
             self._raise_differences(now)
         if self.unplanned:
             return None
-        self._checked = any(checked)
+        self._checked = checked
         if problem:
-            self._refuse(problem, now.options)
+            self._refuse(problem)
             return None
+        self._compare(present, flags, weights=bool(state))
         if not state:
             return None
-        if not self.started:
-            check_replicas(self.engine)
         self.started = True
-        return [bool(p) for p in present]
+        return [bool(p) for p in flags[: len(grads)]]
+
+    def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
+        """Of each parameter with copies, whether this rank lacks a gradient of it."""
+        return [
+            int(grad is None and entry.member and entry.region.numel > 0)
+            for entry, grad, copied in zip(self.engine.entries, grads, self.copied)
+            if copied
+        ]
+
+    def _compare(
+        self, present: Sequence[int], flags: Sequence[int], *, weights: bool
+    ) -> None:
+        """See that replicas have the same gradients and, once, the same weights."""
+        engine = self.engine
+        missing = iter(flags[len(present) :])
+        torn = [
+            copied and bool(next(missing)) and bool(has)
+            for has, copied in zip(flags, self.copied)
+        ]
+        if any(torn):
+            check_presence(engine, present, torn)
+        if weights and self.compared < len(engine.entries):
+            check_replicas(engine, self.compared)
+            self.compared = len(engine.entries)
 
     def _raise_differences(self, now: Reading) -> None:
         """Tell every rank the same; a collective unless this rank is alone in it."""
@@ -118,35 +161,62 @@ class Agreement:
         told = [mine] if alone else self.engine.comm.all_gather_object(mine)
         raise ValueError(f"{differences(told)}; nothing has changed")
 
-    def _problem(self, grads: Sequence[Tensor | None], checked: Sequence[bool]) -> int:
+    def _problem(self, grads: Sequence[Tensor | None], policies: Sequence[str]) -> int:
         """The worst problem of this rank's gradients; 0 if there is none."""
         there = [(i, g) for i, g in enumerate(grads) if g is not None]
         unfit = [
-            4 * i + (_SPARSE if g.layout is not torch.strided else _UNREDUCED)
+            _FATAL + _KINDS * i + kind
             for i, g in there
-            if g.layout is not torch.strided
-            or g.numel() != self.engine.entries[i].region.numel
+            if (kind := self._misfit(i, g)) != 0
         ]
         if unfit:
             return max(unfit)
-        dense = [(i, g) for i, g in there if checked[i] and g.numel() > 0]
-        if not dense:
-            return 0
-        # A sum is finite only if every entry is. It is one pass without a temporary
-        # and one transfer to the host; a sum that merely overflowed is looked into.
-        sums = [
-            g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for _, g in dense
-        ]
-        doubtful = [
-            (i, g)
-            for (i, g), total in zip(dense, torch.stack(sums).tolist())
-            if not math.isfinite(total)
-        ]
-        bad = [4 * i + _NONFINITE for i, g in doubtful if not g.isfinite().all()]
-        return max(bad, default=0)
+        dense = [(i, g) for i, g in there if policies[i] != "ignore" and g.numel() > 0]
+        self.largest = self._magnitudes(dense)
+        return max(
+            (
+                (0 if policies[i] == "skip" else _FATAL) + _KINDS * i + _NONFINITE
+                for i, largest in self.largest.items()
+                if not math.isfinite(largest)
+            ),
+            default=0,
+        )
 
-    def _refuse(self, problem: int, options: dict[int, Options]) -> None:
-        index, kind = divmod(problem, 4)
+    def _misfit(self, i: int, grad: Tensor) -> int:
+        """What keeps a gradient from being taken as it is; 0 if nothing does."""
+        entry = self.engine.entries[i]
+        if grad.layout is not torch.strided:
+            return _SPARSE
+        if grad.numel() != entry.region.numel:
+            return _UNREDUCED
+        planned = entry.facts.grad_dtype
+        if torch.promote_types(grad.dtype, planned) != planned:
+            return _WIDER
+        return 0
+
+    def _magnitudes(self, grads: Sequence[tuple[int, Tensor]]) -> dict[int, float]:
+        """The largest absolute value of each: one pass without a temporary.
+
+        Args:
+            grads: By position of the parameter.
+
+        Returns:
+            By position; NaN for a gradient that has one.
+        """
+        ends: dict[torch.dtype, list[Tensor]] = {}
+        places: dict[torch.dtype, list[int]] = {}
+        for i, grad in grads:
+            ends.setdefault(grad.dtype, []).extend(torch.aminmax(grad))
+            places.setdefault(grad.dtype, []).append(i)
+        found: dict[int, float] = {}
+        for dtype, some in ends.items():
+            pairs = torch.stack(some).view(-1, 2).abs().amax(1).tolist()
+            found |= dict(zip(places[dtype], pairs))
+        return found
+
+    def _refuse(self, problem: int) -> None:
+        fatal, problem = divmod(problem, _FATAL)
+        index, kind = divmod(problem, _KINDS)
         entry = self.engine.entries[index]
         name = entry.facts.name
         if kind == _SPARSE:
@@ -161,7 +231,14 @@ class Agreement:
                 "leave no_sync() before the last backward pass of a step, so that "
                 "gradients are reduced"
             )
-        if options[id(entry.group)].nonfinite == "skip":
+        if kind == _WIDER:
+            raise RuntimeError(
+                f"{name}: on at least one rank its gradient is wider than "
+                f"{entry.facts.grad_dtype}, which was planned for; the step was "
+                "refused on every rank and nothing has changed; set the parameter's "
+                "grad_dtype before the first step"
+            )
+        if not fatal:
             self.skipped_steps += 1
             return
         raise RuntimeError(

@@ -65,7 +65,7 @@ class BlockUpdates:
         due = [
             (m, piece)
             for m, piece in zip(bucket.matrices, pieces)
-            if m in jobs and self.engine.refresh_due(m, options)
+            if m in jobs and self.engine.bases.due(m, options)
         ]
         if due:
             self._refresh([m for m, _ in due], [p for _, p in due], options)
@@ -177,8 +177,9 @@ class BlockUpdates:
         rules, splits = [], []
         for batch in self.engine.batches.of(bucket.matrices):
             m = batch[0]
-            if not self.engine.method.factored:
-                break  # Adam's rule waits for nothing
+            options = Options.from_group(self.engine.entries[m.index].group)
+            if not self.engine.method.factored and options.noise_floor == 0.0:
+                continue  # Adam's rule waits for nothing
             shapes = m.state_shapes(self.engine.comm.rank)
             region = m.route.moments.layout[self.engine.comm.rank]
             rules.append(
@@ -193,7 +194,7 @@ class BlockUpdates:
                         }
                         for _ in batch
                     ],
-                    Options.from_group(self.engine.entries[m.index].group),
+                    options,
                     [1] * len(batch),
                     (m.matrix.rows, m.matrix.cols),
                 )
@@ -251,9 +252,8 @@ class BlockUpdates:
                 except Exception as error:
                     if engine.comm.size == 1:
                         raise
-                    # The others wait for a rotation: fail after the old one is sent.
+                    # The others wait for a rotation: fail after it is sent.
                     failure, status = error, 1 + m.index
-                    basis = self._kept(m)
             found.append(basis)
         statuses = self._distribute(matrices, found, distribute, options, status)
         engine.raise_together(statuses, failure)
@@ -269,32 +269,23 @@ class BlockUpdates:
     def _basis(
         self, matrix: MatrixPlan, gathered: Tensor, options: dict[int, Options]
     ) -> Basis:
-        """On the owner: the new basis, or the one it has where that fails."""
-        if matrix.by_gram(self.engine.options_of(matrix, options).basis):
-            vectors = basis_of_gram(gathered, matrix.work_dtype)
-            basis = Basis(
-                vectors if matrix.left else None,
-                vectors if matrix.right else None,
-                "" if vectors is not None else "kept",
-            )
-        else:
+        """On the owner: the new basis."""
+        if not matrix.by_gram(self.engine.options_of(matrix, options).basis):
             precise = torch.promote_types(matrix.work_dtype, matrix.rotation_dtype)
-            basis = compute_basis(
+            return compute_basis(
                 gathered.to(precise),
                 left=matrix.left,
                 right=matrix.right,
                 method=self.engine.options_of(matrix, options).basis,
             )
-        if basis.fallback:
-            self.engine.warn_once(matrix, basis.fallback)
-        if basis.fallback == "kept":
-            basis = self._kept(matrix)
-        return basis
-
-    def _kept(self, matrix: MatrixPlan) -> Basis:
-        """The basis that the matrix has."""
-        state = self.engine.state_of(matrix)
-        return Basis(state.get("rotation_left"), state.get("rotation_right"))
+        if not bool(gathered.any()):  # zeros tell nothing of a basis
+            return Basis(None, None)
+        vectors = basis_of_gram(gathered, matrix.work_dtype)
+        return Basis(
+            vectors if matrix.left else None,
+            vectors if matrix.right else None,
+            "" if vectors is not None else "kept",
+        )
 
     def _distribute(
         self,
@@ -304,41 +295,53 @@ class BlockUpdates:
         options: dict[int, Options],
         status: int,
     ) -> list[int]:
-        """Send each new rotation to all ranks and install it; their status words."""
-        device = self.engine.device
-        sides, rotations_ = [], []
+        """Send each new rotation to all ranks and install it; their status words.
+
+        Zeros are sent where the old rotation is kept.
+
+        Args:
+            matrices: Those whose bases were due.
+            found: On their owners, the bases.
+            plan: The exchange.
+            options: Of each group, by its identity.
+            status: This rank's status word.
+
+        Returns:
+            The status word of each rank.
+        """
+        device, rank = self.engine.device, self.engine.comm.rank
+        sent, dtypes = [], []
         for m, basis in zip(matrices, found):
-            for key, new, wanted in (
-                ("left", basis.left, m.left),
-                ("right", basis.right, m.right),
+            for side, wanted, k in (
+                (basis.left, m.left, m.matrix.rows),
+                (basis.right, m.right, m.matrix.cols),
             ):
                 if wanted:
-                    sides.append((m, key))
-                    empty = torch.empty((0, 0), device=device)
-                    new = empty if new is None else new
-                    rotations_.append(new.to(m.rotation_dtype))
-        dtypes = [m.rotation_dtype for m, _ in sides]
+                    size = k if m.route.owner == rank else 0
+                    if side is None:
+                        side = torch.zeros((size, size), device=device)
+                    sent.append(side.to(m.rotation_dtype))
+                    dtypes.append(m.rotation_dtype)
         arrived, statuses = self.engine.exchange.run(
             plan,
-            rotations_,
+            sent,
             dtypes,
             dtypes,
             device=device,
             status=status,
             slot="rotations",
         )
-        for (m, key), rotation in zip(sides, arrived):
-            rotation = rotation.to(torch.promote_types(m.work_dtype, m.rotation_dtype))
-            basis = Basis(
-                rotation if key == "left" else None,
-                rotation if key == "right" else None,
+        arrivals = iter(arrived)
+        for m, basis in zip(matrices, found):
+            precise = torch.promote_types(m.work_dtype, m.rotation_dtype)
+            sides = [next(arrivals) if wanted else None for wanted in (m.left, m.right)]
+            left, right = (
+                side.to(precise) if side is not None and bool(side.any()) else None
+                for side in sides
             )
-            install(
-                self.engine.state_of(m),
-                basis,
-                self.engine.options_of(m, options),
-                first=self.engine.time_of(m) == 1,
-            )
+            new = Basis(left, right, basis.fallback)
+            self.engine.bases.note(m, new)
+            install(self.engine.state_of(m), new, self.engine.options_of(m, options))
         return statuses
 
 

@@ -50,7 +50,8 @@ class Options:
         side: The side rotated when ``sides="one"``; ``"auto"`` is the smaller
             one (left for square matrices).
         refresh_every: Steps between two bases (T of the paper); None keeps the
-            first basis for ever.
+            first basis for ever. A gradient of zeros makes none: the first one
+            comes with the first gradient that is not zero.
         on_refresh: ``"carry"`` keeps the moments as they are when the basis
             changes (the paper); ``"reproject"`` re-expresses them.
         basis: ``"svd"`` of the gradient (the paper), or ``"eigh"`` of its

@@ -7,7 +7,7 @@ gets regions and plain local tensors) and no formula (it calls `algorithm`).
 from __future__ import annotations
 
 import logging
-import warnings
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.agreement import Agreement
+from sharded_adadiag.algorithm.basis import Basis
 from sharded_adadiag.algorithm.state import Method, plain_moments
 from sharded_adadiag.algorithm.update import update
+from sharded_adadiag.bases import Bases
 from sharded_adadiag.batching import Batches
 from sharded_adadiag.blocks import BlockUpdates, refresh_plans
 from sharded_adadiag.buckets import Bucket, make_buckets
@@ -57,8 +59,7 @@ class Engine:
         self.group_options = GroupOptions(self)
         self.agreement = Agreement(self)
         self._blocks = BlockUpdates(self)
-        self.overdue: set[int] = set()  # matrices whose basis is not of their moments
-        self._warned: set[tuple[str, str]] = set()
+        self.bases = Bases(self)
         self.batches = Batches(self)
         self._computing = 0
 
@@ -155,10 +156,16 @@ class Engine:
             saved: By position of the parameter.
         """
         SavedState(self).load(saved)
+        self.mark_loaded()
+
+    def mark_loaded(self) -> None:
+        """The states, and weights beside them, are others than before."""
+        self.agreement.compared = 0
         self.mark_started()
 
     def mark_started(self) -> None:
         """See from the step counts whether a real step has been made."""
+        self.bases.look_again()
         self.agreement.started = any(
             float(entry.state()["step"]) > 0
             for entry in self.entries
@@ -199,7 +206,6 @@ class Engine:
             for matrix, piece in zip(bucket.matrices, updates):
                 if present[matrix.index]:
                     self._apply(self.entries[matrix.index], piece, options)
-                    self.overdue.discard(matrix.index)
         others = [i for i, has in enumerate(present) if has and i not in matrices]
         plain_update(self.method, [self.entries[i] for i in others], options)
         return True
@@ -245,29 +251,6 @@ class Engine:
         """t, counted from 1."""
         return int(self.entries[matrix.index].state()["step"])
 
-    def refresh_due(self, matrix: MatrixPlan, options: dict[int, Options]) -> bool:
-        """Whether this step computes a new basis (steps 1, T + 1, 2T + 1, ...)."""
-        if not matrix.rotated:
-            return False
-        since_first = self.time_of(matrix) - 1
-        period = self.options_of(matrix, options).refresh_every
-        if since_first == 0 or matrix.index in self.overdue:
-            return True
-        return period is not None and since_first % period == 0
-
-    def warn_once(self, matrix: MatrixPlan, fallback: str) -> None:
-        """Say that a decomposition fell back, once for each matrix and fallback."""
-        name = matrix.matrix.name
-        if (name, fallback) in self._warned:
-            return
-        self._warned.add((name, fallback))
-        took = "eigh was used" if fallback == "eigh" else "the old basis was kept"
-        warnings.warn(
-            f"{name}: the decomposition of its gradient did not converge; {took}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -280,10 +263,15 @@ class Engine:
         """The local gradient in the shape of its region; zeros if there is none."""
         entry = self.entries[matrix.index]
         if grad is None:
-            return torch.zeros(
-                entry.region.shape, dtype=entry.facts.dtype, device=entry.param.device
-            )
-        piece = grad.reshape(entry.region.shape).to(entry.facts.dtype)
+            dtype, device = entry.facts.grad_dtype, entry.param.device
+            return torch.zeros(entry.region.shape, dtype=dtype, device=device)
+        piece = grad.reshape(entry.region.shape).to(entry.facts.grad_dtype)
+        # Greater entries count as this: their squares overflow as it is, and what is
+        # summed over them on the way (norms, products with a rotation) does not.
+        limit = torch.finfo(matrix.work_dtype).max / (2 * matrix.matrix.numel)
+        largest = self.agreement.largest.get(matrix.index, math.inf)
+        if min(largest, torch.finfo(piece.dtype).max) > limit:
+            piece = piece.clamp(-limit, limit)
         # The order in memory decides how a product rounds, and is lost on the way.
         piece = piece.contiguous()
         return -piece if self.options_of(matrix, options).maximize else piece
@@ -298,7 +286,7 @@ class Engine:
         """Gradients to their owners, the plain algorithm there, updates back."""
         gather, scatter = bucket.hops[0]
         work = [m.work_dtype for m in bucket.matrices]
-        wire = [self.entries[m.index].facts.dtype for m in bucket.matrices]
+        wire = [self.entries[m.index].facts.grad_dtype for m in bucket.matrices]
         device = self.device
         full, _ = self.exchange.run(
             gather, pieces, wire, work, device=device, slot="gathered"
@@ -354,8 +342,8 @@ class Engine:
         mine = [m for m in jobs if m.route.owner == self.comm.rank]
         for batch in self.batches.of(mine):
 
-            def warn(i: int, fallback: str, batch: Any = batch) -> None:
-                self.warn_once(batch[i], fallback)
+            def note(i: int, basis: Basis, batch: Any = batch) -> None:
+                self.bases.note(batch[i], basis)
 
             self._computing = batch[0].index
             updates = update(
@@ -364,8 +352,8 @@ class Engine:
                 method=self.method,
                 options=self.options_of(batch[0], options),
                 steps=[self.time_of(m) for m in batch],
-                refresh=[self.refresh_due(m, options) for m in batch],
-                warn=warn,
+                refresh=[self.bases.due(m, options) for m in batch],
+                note=note,
             )
             for matrix, result in zip(batch, updates):
                 full[place[matrix.index]] = result

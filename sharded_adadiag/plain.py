@@ -28,6 +28,9 @@ def plain_update(
 ) -> None:
     """AdamW on local shards; without momentum the gradient is the first moment.
 
+    A gradient in another dtype than its parameter's is not rounded to it: the step is
+    computed in the wider of both, at least in float32, and its results are rounded.
+
     Args:
         method: The optimizer.
         entries: Parameters of which some rank has a gradient.
@@ -52,10 +55,12 @@ def plain_update(
     for alike in groups.values():
         entry, group = alike[0], options[id(alike[0].group)]
         state = entry.state()
-        same = entry.param.dtype == local(state["exp_avg_sq"]).dtype
-        update = _adamw if same and "exp_avg" in state else _by_direction
-        tensors = [_tensors(entry) for entry in alike]
-        if _needs_flattening(tensors[0]):
+        given = [_tensors(entry) for entry in alike]
+        tensors = [_in_one_dtype(t) for t in given]
+        first = tensors[0]
+        same = first["param"].dtype == first["exp_avg_sq"].dtype
+        update = _adamw if same and "exp_avg" in first else _by_direction
+        if any(_needs_flattening(t) for t in tensors):
             whole = {name: _joined([t[name] for t in tensors]) for name in tensors[0]}
             update([whole], group, int(state["step"]))
             for name, value in whole.items():
@@ -63,6 +68,10 @@ def plain_update(
                     _split_into(value, [t[name] for t in tensors])
         else:
             update(tensors, group, int(state["step"]))
+        for before, after in zip(given, tensors):
+            for name, value in before.items():
+                if value is not after[name] and name != "grad":
+                    value.copy_(after[name])
 
 
 def _tensors(entry: Entry) -> dict[str, Tensor]:
@@ -71,6 +80,16 @@ def _tensors(entry: Entry) -> dict[str, Tensor]:
     assert grad is not None
     state = {k: local(v) for k, v in entry.state().items() if k != "step"}
     return {"param": entry.param, "grad": grad, **state}
+
+
+def _in_one_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the widest dtype, if the gradient has another than the parameter."""
+    if tensors["grad"].dtype == tensors["param"].dtype:
+        return tensors
+    widest = torch.float32
+    for tensor in tensors.values():
+        widest = torch.promote_types(widest, tensor.dtype)
+    return {name: tensor.to(widest) for name, tensor in tensors.items()}
 
 
 def _needs_flattening(tensors: dict[str, Tensor]) -> bool:

@@ -39,13 +39,21 @@ class Facts:
         name: Its name, or its position as text.
         shape: Its logical shape.
         dtype: Its dtype.
+        grad_dtype: Of its gradient, and of that on its way between ranks.
         options: Its group's options.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    grad_dtype: torch.dtype
     options: Options
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """Of the computation: float32, or as wide as the parameter or its gradient."""
+        widest = torch.promote_types(self.dtype, self.grad_dtype)
+        return torch.promote_types(widest, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,10 +195,8 @@ class _Draft:
         options = fact.options
         rows, cols = matrix_shape(fact.shape)
         left, right = rotated_sides((rows, cols), options)
-        work = torch.promote_types(fact.dtype, torch.float32)
-        matrix = MatrixLayout(
-            fact.name, rows, cols, layout, fact.dtype.itemsize, work.itemsize
-        )
+        sizes_of = fact.grad_dtype.itemsize, fact.work_dtype.itemsize
+        matrix = MatrixLayout(fact.name, rows, cols, layout, *sizes_of)
         moments = matrix_moments(method, options)
         sizes = {"m": rows, "n": cols}
         moment_numel = sum(
@@ -240,6 +246,6 @@ class _Draft:
             route,
             moment_dtype(options, dtype),
             rotation_dtype(options, dtype),
-            torch.promote_types(dtype, torch.float32),
+            self.fact.work_dtype,
             self.moments,
         )

@@ -108,7 +108,8 @@ def publish(find: Callable[[], list[Piece]]) -> tuple[list[Piece], Published]:
             # The learning rate is no part of the plan, and may be a tensor.
             rotate = options.rotate and piece.rotate
             options = dataclasses.replace(options, lr=0.0, rotate=rotate)
-            facts = Facts(piece.name, piece.holding.shape, piece.dtype, options)
+            dtypes = piece.dtype, piece.grad_dtype
+            facts = Facts(piece.name, piece.holding.shape, *dtypes, options)
             described.append((facts, piece.holding))
     except (NotImplementedError, ValueError) as error:
         return [], (str(error), [])
@@ -142,6 +143,12 @@ def raise_on_mismatch(published: list[Published], kind: str) -> None:
                     f"parameter {i} differs: rank 0 has {wanted.name!r} of shape "
                     f"{wanted.shape}, {wanted.dtype}, rank {rank} has {facts.name!r} "
                     f"of shape {facts.shape}, {facts.dtype}"
+                    + (
+                        ""
+                        if facts.grad_dtype == wanted.grad_dtype
+                        else f" with gradients in {facts.grad_dtype} instead of "
+                        f"{wanted.grad_dtype}"
+                    )
                     + (
                         ""
                         if facts.options == wanted.options

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from sharded_adadiag.plan.geometry import holders
+from sharded_adadiag.plan.geometry import Layout, holders
 
 if TYPE_CHECKING:
     from sharded_adadiag.engine import Engine
@@ -15,7 +16,50 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 
 
-def check_replicas(engine: Engine) -> None:
+def has_replicas(layout: Layout) -> bool:
+    """Whether several ranks hold the same part of a parameter.
+
+    Args:
+        layout: What each rank holds.
+
+    Returns:
+        False if every entry is on one rank only.
+    """
+    return any(len(ranks) > 1 for ranks in holders(layout).values())
+
+
+def check_presence(
+    engine: Engine, present: Sequence[int], torn: Sequence[bool]
+) -> None:
+    """Refuse gradients that only some of the replicas have; a collective.
+
+    Replicas are updated without a word between them, so one that has no gradient
+    would keep its weights while the others move on.
+
+    Args:
+        engine: About to make a step.
+        present: Whether this rank has a gradient of each parameter.
+        torn: Which parameters have one on some ranks and lack one on others.
+
+    Raises:
+        RuntimeError: On every rank, naming a parameter and two ranks.
+    """
+    everyone = engine.comm.all_gather_object(list(present))
+    for i, entry in enumerate(engine.entries):
+        for ranks in holders(entry.layout).values() if torn[i] else ():
+            has = [rank for rank in ranks if everyone[rank][i]]
+            lacks = [rank for rank in ranks if not everyone[rank][i]]
+            if has and lacks:
+                raise RuntimeError(
+                    f"{entry.facts.name}: rank {has[0]} has a gradient of it and rank "
+                    f"{lacks[0]}, which holds the same part of it, has none; the step "
+                    "was refused on every rank and nothing has changed; synchronise "
+                    "the gradients of the ranks of process_group=, with zeros where a "
+                    "rank made no use of a parameter"
+                )
+
+
+def check_replicas(engine: Engine, first: int = 0) -> None:
     """Compare the parameters of ranks that hold the same region; a collective.
 
     Equal regions are updated alike, so different values there mean that the ranks do
@@ -23,14 +67,15 @@ def check_replicas(engine: Engine) -> None:
     weights that nobody has synchronised.
 
     Args:
-        engine: About to make its first real step.
+        engine: About to make a step.
+        first: Position of the first parameter that has not been compared.
 
     Raises:
         ValueError: On every rank, naming a parameter and two ranks.
     """
     if engine.comm.size == 1:
         return
-    entries = [entry for entry in engine.entries if entry.member]
+    entries = [entry for entry in engine.entries[first:] if entry.member]
     params = [entry.param.detach() for entry in entries]
     if any(param.is_meta for param in params):
         return
@@ -41,14 +86,14 @@ def check_replicas(engine: Engine) -> None:
     mine = torch.stack(sums).tolist()  # one transfer to the host
     everyone = engine.comm.all_gather_object(mine)
     for i, entry in enumerate(entries):
-        for first, *others in holders(entry.layout).values():
-            total, norm = everyone[first][i]
+        for one, *others in holders(entry.layout).values():
+            total, norm = everyone[one][i]
             for other in others:
                 if abs(everyone[other][i][0] - total) > TOLERANCE * norm:
                     raise ValueError(
-                        f"{entry.facts.name}: ranks {first} and {other} hold the same "
+                        f"{entry.facts.name}: ranks {one} and {other} hold the same "
                         "part of it with different values; synchronise the weights "
-                        "before the first step, or, if these ranks have parameters of "
+                        "before this step, or, if these ranks have parameters of "
                         "their own (experts, pipeline stages), pass process_group=, "
                         "the ranks that share them"
                     )

@@ -97,11 +97,18 @@ def test_a_single_parameter_is_enough(world_size):
     torch.testing.assert_close(got[0][0], want[0], atol=1e-6, rtol=1e-6)
 
 
-def test_shards_by_columns_agree_and_need_no_communication_for_wide_matrices():
+def test_shards_by_columns_agree_and_need_no_communication_for_wide_matrices(
+    monkeypatch,
+):
     cases = (Case("wide", (6, 12)), Case("wider", (8, 16)))
     options = {"distribution": "broadcast", "basis": "eigh", "nonfinite": "ignore"}
     want = alone(cases, F64, "AdaDiag", options)
-    for weights, report in run_threads(2, by_columns, cases, options):
+    counted = Counted()
+    with counted.watching(monkeypatch):
+        ran = run_threads(2, by_columns, cases, options)
+    # Whether all gradients of step 1 are zero; Gram matrices and bases of 3 refreshes.
+    assert counted.calls == 1 + 3 * 2
+    for weights, report in ran:
         assert report.collectives_per_step == 0
         assert report.ranks[0].bytes_per_step == 0
         for a, b in zip(weights, want):
@@ -160,19 +167,34 @@ class Counted:
 def test_collectives_and_bytes_are_those_that_describe_promises(
     layout, distribution, sides, method, monkeypatch
 ):
+    options = {"sides": sides, "distribution": distribution}
+    ordinary = promised_and_made(layout, method, options, monkeypatch)
+    if method is AdaDiag and distribution == "owner":
+        assert ordinary[0] == (3 if layout == "fsdp2" else 2)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
+@pytest.mark.parametrize("method", [AdaDiag, AdafacDiag])
+@pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
+def test_a_noise_floor_costs_the_collective_that_describe_promises(
+    layout, method, nonfinite, monkeypatch
+):
+    """A broadcast step needs the norm of the whole gradient for it."""
+    options = {"distribution": "broadcast", "nonfinite": nonfinite}
+    none = promised_and_made(layout, method, options, monkeypatch)
+    options["noise_floor"] = 1e-3
+    some = promised_and_made(layout, method, options, monkeypatch)
+    assert some[0] == none[0] + 1
+
+
+def promised_and_made(layout, method, options, monkeypatch):
     """Steps 2 and 3 are ordinary, step 4 refreshes every basis (T = 3)."""
     seen = {}
     cases = tuple(c for c in HARD_CASES if not c.without_gradient)
 
     def body(rank):
         model, extra = sharded_model(layout, cases, torch.float32)
-        opt = method(
-            groups(model, cases),
-            sides=sides,
-            distribution=distribution,
-            refresh_every=3,
-            **extra,
-        )
+        opt = method(groups(model, cases), refresh_every=3, **options, **extra)
         for step in range(4):
             dist.barrier()
             set_gradients(model, cases, step, torch.float32)
@@ -193,8 +215,7 @@ def test_collectives_and_bytes_are_those_that_describe_promises(
         ordinary[0] + report.refresh_collectives,
         ordinary[1] + report.ranks[1].refresh_bytes,
     )
-    if method is AdaDiag and distribution == "owner":
-        assert ordinary[0] == (3 if layout == "fsdp2" else 2)
+    return ordinary
 
 
 def set_gradients(model, cases, step, dtype):

@@ -76,6 +76,60 @@ def test_no_scale_of_float32_breaks_a_step(method, sides, basis, kind, scale):
     check_sane(case, LARGEST_RMS[method])
 
 
+LARGE = tuple(Case(str(i), s) for i, s in enumerate(s for s in SHAPES if len(s) > 1))
+
+
+def largest_steps(rank, layout, method, options):
+    """The greatest numbers of float32 three times, then ordinary ones."""
+    model, extra = Parameters(LARGE, torch.float32), {}
+    if layout:
+        model, extra = sharded_model(layout, LARGE, torch.float32)
+    opt = CLASSES[method](
+        groups(model, LARGE), lr=LR, refresh_every=PERIOD, **options, **extra
+    )
+    for step, scale in enumerate((torch.inf, torch.inf, torch.inf, 1.0, 1.0)):
+        for param, grad in zip(
+            model.parameters(), gradients(LARGE, step, torch.float32)
+        ):
+            limit = torch.finfo(grad.dtype).max
+            param.grad = local_gradient(param, (scale * grad).clamp(-limit, limit))
+        opt.step()
+    for state in opt.state.values():
+        for key, value in state.items():
+            assert not bool(value.isnan().any()), key
+    return [whole(param).detach().clone() for param in model.parameters()]
+
+
+@parametrize_pairs(
+    method=CLASSES,
+    sides=("one", "two"),
+    basis=("svd", "eigh"),
+    on_refresh=("carry", "reproject"),
+    nonfinite=("raise", "ignore"),
+)
+def test_the_largest_finite_gradients_leave_finite_weights(
+    method, sides, basis, on_refresh, nonfinite
+):
+    """Their squares are infinite, which stops a matrix, as it does under Adam."""
+    options = {"sides": sides, "basis": basis}
+    options |= {"on_refresh": on_refresh, "nonfinite": nonfinite}
+    before = [param.detach() for param in Parameters(LARGE, torch.float32).parameters()]
+    for a, b in zip(largest_steps(0, "", method, options), before):
+        assert bool(a.isfinite().all())
+        assert float((a - b).abs().max()) < 1.0
+
+
+@pytest.mark.parametrize("distribution", ["owner", "broadcast"])
+@pytest.mark.parametrize("layout,world_size", [("fsdp2", 3), ("tp", 2), ("ddp", 2)])
+@pytest.mark.parametrize("method", CLASSES)
+def test_the_largest_finite_gradients_leave_finite_weights_on_every_rank(
+    method, layout, world_size, distribution
+):
+    options = {"sides": "two", "distribution": distribution}
+    for weights in run_threads(world_size, largest_steps, layout, method, options):
+        assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
 @parametrize_pairs(
     method=CLASSES,
     scale=(1e-40, 1e-30, 1.0, 1e30),

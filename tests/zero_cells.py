@@ -74,7 +74,12 @@ class Model(nn.Module):
     """Rotated matrices whose gradients have full rank, and what is not rotated."""
 
     def __init__(
-        self, *, tied: bool = False, frozen: bool = False, unused: bool = False
+        self,
+        *,
+        tied: bool = False,
+        frozen: bool = False,
+        unused: bool = False,
+        branch: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
@@ -85,6 +90,9 @@ class Model(nn.Module):
             self.fixed = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
         if unused:
             self.unused = nn.Linear(5, 7)
+        if branch:  # no gradient but zeros for its first layer until the first step
+            self.into = nn.Linear(WIDTH, WIDTH, bias=False)
+            self.zero_init = nn.Linear(WIDTH, WIDTH, bias=False)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)  # the last one is the head
         if tied:
             self.lm_head.weight = self.embed.weight
@@ -93,6 +101,8 @@ class Model(nn.Module):
         x = self.embed(tokens)
         if hasattr(self, "fixed"):
             x = x + self.fixed(x)
+        if hasattr(self, "into"):
+            x = x + self.zero_init(torch.tanh(self.into(x)))
         return self.lm_head(self.down(torch.tanh(self.up(x))) * self.scale)
 
 
@@ -101,6 +111,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
         name: torch.empty(p.shape).uniform_(-0.4, 0.4, generator=generator)
+        * ("zero_init" not in name)
         for name, p in model.named_parameters()
     }
 

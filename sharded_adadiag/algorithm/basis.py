@@ -24,8 +24,8 @@ class Basis(NamedTuple):
     """The outcome of one decomposition.
 
     Attributes:
-        left: P, ``[m, m]`` with orthonormal columns, or None.
-        right: Q, ``[n, n]`` with orthonormal columns, or None.
+        left: P, ``[m, m]`` with orthonormal columns, or None: keep what there is.
+        right: Q, ``[n, n]`` with orthonormal columns, or None: keep what there is.
         fallback: Empty if the wanted method worked, ``"eigh"`` if that stepped in
             for the SVD, ``"kept"`` if nothing worked and both sides are None.
     """
@@ -33,6 +33,11 @@ class Basis(NamedTuple):
     left: Tensor | None
     right: Tensor | None
     fallback: Literal["", "eigh", "kept"] = ""
+
+    @property
+    def made(self) -> bool:
+        """Whether there is a new basis."""
+        return self.left is not None or self.right is not None
 
 
 def compute_basis(grad: Tensor, *, left: bool, right: bool, method: str) -> Basis:
@@ -47,8 +52,11 @@ def compute_basis(grad: Tensor, *, left: bool, right: bool, method: str) -> Basi
     Returns:
         The basis in ``grad``'s dtype. An SVD that raises or returns
         non-finite vectors is replaced by ``eigh``; if that fails as well the
-        result says ``"kept"`` and the caller keeps what it has.
+        result says ``"kept"`` and the caller keeps what it has. So it does, without
+        a word, if the gradient is zero: that tells nothing of a basis.
     """
+    if not bool(grad.any()):
+        return Basis(None, None)
     # LAPACK may return garbage for Inf without an error, so both the input and
     # the result are tested instead of relying on exceptions.
     if bool(torch.isfinite(grad).all()):

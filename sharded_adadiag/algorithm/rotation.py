@@ -116,10 +116,17 @@ def reproject_(
         by = change.square() if square else change
         if (moment := state.get(key)) is not None:
             value = moment.to(by.dtype)
-            moment.copy_(by @ value if left else value @ by)
+            moved = by @ value if left else value @ by
+            moment.copy_(_without_nan(moved) if square else moved)
         if (moment := state.get(f"{key}_{rows_or_cols}")) is not None:
             value = moment.to(by.dtype)
-            moment.copy_(by @ value if left else by.mT @ value)
+            moved = by @ value if left else by.mT @ value
+            moment.copy_(_without_nan(moved) if square else moved)
+
+
+def _without_nan(squares: Tensor) -> Tensor:
+    """Second moments in which 0 times infinity is infinite, which stops an entry."""
+    return squares.masked_fill(squares.isnan(), torch.inf)
 
 
 def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Algorithms 1-3 of the paper on full matrices, in the paper's order.
 
 1. ``G_t``, the gradient of a matrix ``W`` in R^{m x n}
-2. every T steps: ``U, S, V^T = SVD(G_t)``;  ``P = U``  (two sides: ``Q = V``)
+2. every T steps: ``U, S, V^T = SVD(G_t)``;  ``P = U``  (two sides: ``Q = V``);
+   a gradient of zeros makes no basis, so the first one may come later
 3. ``Gt = P^T G_t Q``
 4.-6. the moment rule on ``Gt``: `adam` (AdaDiag), `adafactor` (AdafacDiag),
    `hfac` (HfacDiag); it gives ``N_t``
@@ -38,7 +39,7 @@ def update(
     options: Options,
     steps: Sequence[int],
     refresh: Sequence[bool],
-    warn: Callable[[int, str], None],
+    note: Callable[[int, Basis], None],
 ) -> list[Tensor]:
     """Steps 2-6 and the rotation back for a batch of matrices of one shape.
 
@@ -49,7 +50,7 @@ def update(
         options: Its options.
         steps: t of each, counted from 1.
         refresh: Whether the basis of each is due.
-        warn: Called with the position of a matrix and the fallback of its basis.
+        note: Called with the position of a matrix whose basis was due, and the basis.
 
     Returns:
         ``P N_t Q^T`` of each, ``[m, n]``.
@@ -62,9 +63,8 @@ def update(
                 right="rotation_right" in states[i],
                 method=options.basis,
             )
-            if basis.fallback:
-                warn(i, basis.fallback)
-            install(states[i], basis, options, first=steps[i] == 1)
+            note(i, basis)
+            install(states[i], basis, options)
     left = rotations(states, "rotation_left", grads[0])
     right = rotations(states, "rotation_right", grads[0])
     rotated = rotate(grads, left, right)
@@ -104,22 +104,41 @@ def moment_rule(
     return (yield from method.rule(quiet, states, options, steps, shape))
 
 
-def install(state: State, basis: Basis, options: Options, *, first: bool) -> None:
+def install(state: State, basis: Basis, options: Options) -> None:
     """Put a new basis into a matrix's state.
 
     Args:
         state: The matrix's state; modified in place.
         basis: The new basis; a side that is None stays as it is.
-        options: For ``on_refresh``.
-        first: There is no older basis that the moments could be expressed in.
+        options: For ``on_refresh``. Where there was no basis yet the moments are
+            re-expressed from the original frame.
     """
     for key, new in (("rotation_left", basis.left), ("rotation_right", basis.right)):
         if new is None:
             continue
-        if options.on_refresh == "reproject" and not first:
+        if options.on_refresh == "reproject":
             left = key == "rotation_left"
             reproject_(state, state[key].to(new.dtype), new, left=left)
         state[key].copy_(new)
+
+
+def lacks_basis(state: State) -> bool:
+    """Whether a rotation is still the identity: no gradient but zeros has been seen.
+
+    Reads a few numbers back to the host. A side of one entry has no other basis.
+
+    Args:
+        state: The matrix's state, with its rotations.
+
+    Returns:
+        True until a basis has been installed (or if that is the identity).
+    """
+    return any(
+        bool((value.diagonal() == 1.0).all())
+        and int(value.count_nonzero()) == value.shape[0]
+        for key, value in state.items()
+        if key.startswith("rotation") and value.shape[0] > 1
+    )
 
 
 def rotations(states: Sequence[State], key: str, like: Tensor) -> list[Tensor] | None:

@@ -99,13 +99,13 @@ class FlatStates:
                 wanted = engine.entries[i].state()
                 values[i] = {k: v for k, v in fits.items() if k in wanted} | own
         SavedState(engine).load_pieces(values)
-        engine.mark_started()
+        engine.mark_loaded()
 
     def absorb(self, engine: Engine) -> None:
         """Take over flat states that a universal checkpoint has left; a collective.
 
-        Such a checkpoint has no bases. They are computed anew at the next step, as at
-        any refresh, and the moments are carried over.
+        Such a checkpoint has no bases. The next gradient that is not zero makes them,
+        as it makes first ones, and the moments are carried over.
 
         Args:
             engine: With its states allocated.
@@ -120,15 +120,16 @@ class FlatStates:
                 live = engine.entries[i].state()
                 fits = {k: part.of(state[k]) for k in FLAT_KEYS if k in live}
                 step = torch.as_tensor(float(state.get("step", 0)))
-                bases = {k: v for k, v in live.items() if k.startswith("rotation")}
                 values[i] = {**fits, "step": step}
-                if bases:
-                    engine.overdue.add(i)
+                for key, basis in live.items():
+                    # The identity stands for a basis that is yet to come.
+                    if key.startswith("rotation") and basis.numel() > 0:
+                        basis.zero_().fill_diagonal_(1.0)
             for key in [key for key in state if key != STATE_KEY]:
                 del state[key]
         if left:
             SavedState(engine).load_pieces(values, bases="due")
-            engine.mark_started()
+            engine.mark_loaded()
             warnings.warn(
                 f"the universal checkpoint has no bases: those of "
                 f"{len(rotated & set(values))} matrices are computed at the next step",

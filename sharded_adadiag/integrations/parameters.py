@@ -49,6 +49,7 @@ class Piece:
     Attributes:
         name: Of the parameter.
         dtype: Of the tensor that is updated.
+        grad_dtype: Of its gradient.
         holding: Logical shape and region.
         group: Its param group.
         rotate: Whether it may be rotated.
@@ -60,6 +61,7 @@ class Piece:
 
     name: str
     dtype: torch.dtype
+    grad_dtype: torch.dtype
     holding: Holding
     group: dict[str, Any]
     rotate: bool
@@ -95,6 +97,7 @@ def piece(
     return Piece(
         name=name,
         dtype=param.dtype,
+        grad_dtype=gradient_dtype(param),
         holding=holding(param, name),
         group=group,
         rotate=rotate,
@@ -105,6 +108,20 @@ def piece(
             param, dtype=dtype, memory_format=torch.preserve_format
         ).detach(),
     )
+
+
+def gradient_dtype(param: Tensor) -> torch.dtype:
+    """The widest dtype that a parameter's gradient may have, as torch says.
+
+    Args:
+        param: The parameter. Its ``grad_dtype`` (torch 2.13; its own dtype before) is
+            what autograd casts to; None lets any dtype be.
+
+    Returns:
+        The dtype, the same on every rank; for None that of the computation.
+    """
+    asked = getattr(param, "grad_dtype", param.dtype)
+    return torch.promote_types(param.dtype, torch.float32) if asked is None else asked
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -335,6 +335,7 @@ def pieces(
         return Piece(
             name=part.name,
             dtype=flat.dtype,
+            grad_dtype=flat.dtype,
             holding=held,
             group=group,
             rotate=rotates[part.name],

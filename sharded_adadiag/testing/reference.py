@@ -61,14 +61,18 @@ def reference_step(
         return
     g = grad.reshape(weight.shape[0], -1)  # 1. G_t, a convolution's as [m, rest]
 
-    # 2. The basis of the current gradient on steps 1, T+1, 2T+1, ...
-    if t == 1 or (o.refresh_every is not None and (t - 1) % o.refresh_every == 0):
-        new = _basis(g, *sides, o.basis)
-        if t > 1 and o.on_refresh == "reproject":
-            _reproject(state, new)
-        state.update(new)
+    # 2. The basis of the current gradient on steps 1, T+1, 2T+1, ... Zeros tell nothing
+    # of a basis: the old one stays, and the first comes with the first non-zero G.
+    scheduled = o.refresh_every is not None and (t - 1) % o.refresh_every == 0
     p = state.get("rotation_left", torch.eye(g.shape[0]).to(g))
     q = state.get("rotation_right", torch.eye(g.shape[1]).to(g))
+    has_basis = state.keys() & {"rotation_left", "rotation_right"}
+    if (scheduled or not has_basis) and g.any():
+        new = _basis(g, *sides, o.basis)
+        if o.on_refresh == "reproject":
+            _reproject(state, new, p, q)
+        state.update(new)
+        p, q = new.get("rotation_left", p), new.get("rotation_right", q)
 
     # 3. G~ = P^T G Q
     rotated = p.mT @ g @ q
@@ -139,15 +143,17 @@ def _signs(vectors: Tensor) -> Tensor:
     return torch.where(largest < 0, -1, 1).to(vectors.dtype)
 
 
-def _reproject(state: dict[str, Any], new: dict[str, Tensor]) -> None:
+def _reproject(
+    state: dict[str, Any], new: dict[str, Tensor], p: Tensor, q: Tensor
+) -> None:
     """Re-express the moments; the sums of a side that is not rotated stay."""
     for power, moment in (1, "exp_avg"), (2, "exp_avg_sq"):
         if "rotation_left" in new:  # M <- R M, V <- (R o R) V
-            r = new["rotation_left"].mT @ state["rotation_left"]
+            r = new["rotation_left"].mT @ p
             for key in state.keys() & {moment, f"{moment}_row"}:
                 state[key] = r**power @ state[key]
         if "rotation_right" in new:  # M <- M S, V <- V (S o S)
-            s = state["rotation_right"].mT @ new["rotation_right"]
+            s = q.mT @ new["rotation_right"]
             for key in state.keys() & {moment, f"{moment}_col"}:
                 state[key] = state[key] @ s**power
 
