@@ -158,7 +158,7 @@ def plan_matrices(
     drafts = []
     for i, fact in enumerate(facts):
         if needs_matrix(method, fact.shape, fact.options):
-            layout = tuple(regions[i] for regions in holdings)
+            layout = Layout.of(regions[i] for regions in holdings)
             drafts.append(_Draft.of(first_index + i, fact, layout, method))
     everyone = range(world_size)
     owners = assign_owners(
