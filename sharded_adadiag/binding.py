@@ -17,7 +17,7 @@ from sharded_adadiag.entry import Entry
 from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations import zero
 from sharded_adadiag.integrations.parameters import Piece, find_group, piece
-from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.geometry import by_parameter
 from sharded_adadiag.publication import is_trained, publish, raise_on_mismatch
 
 
@@ -263,11 +263,11 @@ class Binding:
         holdings = [[h.region for _, h in described] for _, described in published]
         facts = [fact for fact, _ in mine[1]]
         entries = [
-            Entry(fact, Layout.of(regions), piece, piece.group)
-            for fact, regions, piece in zip(facts, zip(*holdings), pieces)
+            Entry(fact, layout, piece, piece.group)
+            for fact, layout, piece in zip(facts, by_parameter(holdings), pieces)
         ]
         first = len(engine.entries)
-        engine.extend(entries, holdings)
+        engine.extend(entries)
         for found, count in zip(new, counts):
             last = first + count
             self._planned[found.param] = engine.entries[first:last]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -172,7 +173,9 @@ class Layout:
 
 def _compact(ranks: Sequence[int]) -> Ranks:
     """Ascending ranks as a range if they are evenly spaced."""
-    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    if len(ranks) == 1:
+        return range(ranks[0], ranks[0] + 1)
+    step = ranks[1] - ranks[0]
     even = range(ranks[0], ranks[-1] + 1, step)
     return even if list(even) == list(ranks) else tuple(ranks)
 
@@ -204,14 +207,36 @@ def _extent(region: Region, axis: str, cols: int) -> tuple[int, int]:
     return region.col_start, region.col_stop
 
 
+def by_parameter(holdings: Sequence[Sequence[Region]]) -> list[Layout]:
+    """The layout of each parameter, one object for all that lie alike.
+
+    Args:
+        holdings: Regions by rank and then parameter.
+
+    Returns:
+        The layouts.
+    """
+    known: dict[tuple[Region, ...], Layout] = {}
+    layouts = []
+    for regions in zip(*holdings):
+        layout = known.get(regions)
+        if layout is None:
+            layout = known[regions] = Layout.of(regions)
+        layouts.append(layout)
+    return layouts
+
+
 def full(rows: int, cols: int) -> Box:
     """The region that is the whole matrix."""
     return Box(0, rows, 0, cols)
 
 
+@functools.lru_cache(maxsize=64)
 def everywhere(rows: int, cols: int, world_size: int) -> Layout:
     """The layout in which every rank holds everything."""
-    return Layout.of([full(rows, cols)] * world_size)
+    if rows * cols == 0:
+        return Layout(world_size, (), full(rows, cols))
+    return Layout(world_size, ((full(rows, cols), range(world_size)),))
 
 
 def only_on(rank: int, rows: int, cols: int, world_size: int) -> Layout:
@@ -268,6 +293,7 @@ def as_flat(region: Region, cols: int) -> FlatRange:
     return FlatRange(region.row_start * cols, region.row_stop * cols)
 
 
+@functools.lru_cache(maxsize=64)
 def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     """Row or column blocks whose sizes differ by at most one.
 
@@ -283,6 +309,7 @@ def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     return Layout.of(_cut(full(rows, cols), parts, by_rows=by_rows))
 
 
+@functools.lru_cache(maxsize=64)
 def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
     """Every piece divided among the ranks that hold it.
 

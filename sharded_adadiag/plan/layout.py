@@ -63,10 +63,10 @@ class MatrixLayout:
 
 
 # A model repeats a few shapes in a few layouts many times.
-_tiling_error = functools.lru_cache(maxsize=256)(tiling_error)
+_tiling_error = functools.lru_cache(maxsize=64)(tiling_error)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _storage(layout: Layout, rows: int, cols: int) -> Storage:
     pieces = [region for region, _ in layout.pieces]
     if layout.is_everywhere():
