@@ -17,6 +17,7 @@ from sharded_adadiag.entry import Entry
 from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations import zero
 from sharded_adadiag.integrations.parameters import Piece, find_group, piece
+from sharded_adadiag.plan.geometry import by_parameter
 from sharded_adadiag.publication import is_trained, publish, raise_on_mismatch
 
 
@@ -263,10 +264,10 @@ class Binding:
         facts = [fact for fact, _ in mine[1]]
         entries = [
             Entry(fact, layout, piece, piece.group)
-            for fact, layout, piece in zip(facts, zip(*holdings), pieces)
+            for fact, layout, piece in zip(facts, by_parameter(holdings), pieces)
         ]
         first = len(engine.entries)
-        engine.extend(entries, holdings)
+        engine.extend(entries)
         for found, count in zip(new, counts):
             last = first + count
             self._planned[found.param] = engine.entries[first:last]

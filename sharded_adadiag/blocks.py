@@ -21,8 +21,8 @@ from sharded_adadiag.algorithm.update import install, moment_rule, rotations
 from sharded_adadiag.buckets import Bucket
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.config import Options
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop, replicate
-from sharded_adadiag.plan.geometry import EMPTY, Layout, full
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
+from sharded_adadiag.plan.geometry import everywhere, only_on
 from sharded_adadiag.planning import MatrixPlan
 
 if TYPE_CHECKING:
@@ -364,27 +364,20 @@ def refresh_plans(
         sizes = [k for k, wanted in ((rows, m.left), (cols, m.right)) if wanted]
         if gram:
             (k,) = sizes
-            summands = replicate(k, k, world_size)
-            target = _only(owner, k, k, world_size)
+            summands = everywhere(k, k, world_size)
+            target = only_on(owner, k, k, world_size)
             collect.append(Hop(k, summands, target, 8, summed=True))
         else:
-            target = _only(owner, rows, cols, world_size)
+            target = only_on(owner, rows, cols, world_size)
             size = m.matrix.grad_itemsize
             collect.append(Hop(cols, m.matrix.layout, target, size))
         for k in sizes:
-            everywhere = replicate(k, k, world_size)
-            size = m.rotation_dtype.itemsize
-            distribute.append(Hop(k, _only(owner, k, k, world_size), everywhere, size))
+            source = only_on(owner, k, k, world_size)
+            target = everywhere(k, k, world_size)
+            distribute.append(Hop(k, source, target, m.rotation_dtype.itemsize))
     return (
         ExchangePlan(world_size, tuple(collect)),
         ExchangePlan(world_size, tuple(distribute)),
-    )
-
-
-def _only(owner: int, rows: int, cols: int, world_size: int) -> Layout:
-    """The layout in which one rank holds everything."""
-    return tuple(
-        full(rows, cols) if rank == owner else EMPTY for rank in range(world_size)
     )
 
 

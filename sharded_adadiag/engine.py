@@ -31,7 +31,6 @@ from sharded_adadiag.group_options import GroupOptions
 from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.plain import plain_update
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.plan.geometry import Region
 from sharded_adadiag.planning import MatrixPlan, plan_matrices
 from sharded_adadiag.report import Report, make_report
 from sharded_adadiag.saved_state import SavedState
@@ -63,17 +62,17 @@ class Engine:
         self.batches = Batches(self)
         self._computing = 0
 
-    def extend(self, entries: Sequence[Entry], holdings: list[list[Region]]) -> None:
+    def extend(self, entries: Sequence[Entry]) -> None:
         """Plan further parameters; those planned before keep their owners and state.
 
         Args:
             entries: The new parameters.
-            holdings: Their regions, by rank and then parameter.
         """
         matrices = plan_matrices(
             [entry.facts for entry in entries],
-            holdings,
+            [entry.layout for entry in entries],
             method=self.method,
+            world_size=self.comm.size,
             distribution=self.distribution,
             first_index=len(self.entries),
             planned=self.matrices,

@@ -20,7 +20,7 @@ from sharded_adadiag.algorithm.state import (
 from sharded_adadiag.config import Options
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose
-from sharded_adadiag.plan.geometry import Box, Layout, Region
+from sharded_adadiag.plan.geometry import Box, Layout
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.ownership import assign_owners
 from sharded_adadiag.plan.route import (
@@ -134,9 +134,10 @@ class MatrixPlan:
 
 def plan_matrices(
     facts: Sequence[Facts],
-    holdings: Sequence[Sequence[Region]],
+    layouts: Sequence[Layout],
     *,
     method: Method,
+    world_size: int,
     distribution: str,
     first_index: int = 0,
     planned: Sequence[MatrixPlan] = (),
@@ -145,8 +146,9 @@ def plan_matrices(
 
     Args:
         facts: Of all parameters.
-        holdings: The regions of each parameter, by rank and then parameter.
+        layouts: Where the entries of each are.
         method: The optimizer.
+        world_size: Number of ranks.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         first_index: Position of the first parameter in the optimizer.
         planned: The plans made before, which weigh on their owners.
@@ -154,16 +156,12 @@ def plan_matrices(
     Returns:
         The plans, equal on every rank.
     """
-    world_size = len(holdings)
     drafts = []
-    for i, fact in enumerate(facts):
+    for i, (fact, layout) in enumerate(zip(facts, layouts)):
         if needs_matrix(method, fact.shape, fact.options):
-            layout = tuple(regions[i] for regions in holdings)
             drafts.append(_Draft.of(first_index + i, fact, layout, method))
-    everyone = range(world_size)
     owners = assign_owners(
         [d.cost for d in drafts],
-        [everyone] * len(drafts),
         world_size,
         [(plan.route.owner, plan.cost) for plan in planned],
     )

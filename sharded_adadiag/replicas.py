@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sharded_adadiag.plan.geometry import Layout, holders
+from sharded_adadiag.plan.geometry import Layout
 
 if TYPE_CHECKING:
     from sharded_adadiag.engine import Engine
@@ -25,7 +25,7 @@ def has_replicas(layout: Layout) -> bool:
     Returns:
         False if every entry is on one rank only.
     """
-    return any(len(ranks) > 1 for ranks in holders(layout).values())
+    return any(len(ranks) > 1 for _, ranks in layout.pieces)
 
 
 def check_presence(
@@ -46,7 +46,7 @@ def check_presence(
     """
     everyone = engine.comm.all_gather_object(list(present))
     for i, entry in enumerate(engine.entries):
-        for ranks in holders(entry.layout).values() if torn[i] else ():
+        for _, ranks in entry.layout.pieces if torn[i] else ():
             has = [rank for rank in ranks if everyone[rank][i]]
             lacks = [rank for rank in ranks if not everyone[rank][i]]
             if has and lacks:
@@ -86,7 +86,7 @@ def check_replicas(engine: Engine, first: int = 0) -> None:
     mine = torch.stack(sums).tolist()  # one transfer to the host
     everyone = engine.comm.all_gather_object(mine)
     for i, entry in enumerate(entries):
-        for one, *others in holders(entry.layout).values():
+        for _, (one, *others) in entry.layout.pieces:
             total, norm = everyone[one][i]
             for other in others:
                 if abs(everyone[other][i][0] - total) > TOLERANCE * norm:

@@ -18,8 +18,7 @@ from sharded_adadiag.checkpoint.logical import (
     vector_layout,
 )
 from sharded_adadiag.integrations.parameters import is_distributed, local
-from sharded_adadiag.plan.exchange_plan import replicate
-from sharded_adadiag.plan.geometry import EMPTY, Layout, full
+from sharded_adadiag.plan.geometry import Layout, everywhere, only_on
 from sharded_adadiag.planning import MatrixPlan
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class SavedState:
                 value = state[tensor.key]
                 saved[i][tensor.key] = value
                 # What is a DTensor or whole on every rank is logical as it is.
-                whole = set(tensor.layout) == {full(tensor.rows, tensor.cols)}
+                whole = tensor.nbytes == 0 or tensor.layout.is_everywhere()
                 if i in self.matrices or not (is_distributed(value) or whole):
                     moving.append((i, tensor))
         pieces = [self.engine.entries[i].state()[t.key] for i, t in moving]
@@ -186,12 +185,9 @@ class SavedState:
         ):
             if wanted:
                 size = self.engine.comm.size
-                layout = replicate(k, k, size)
+                layout = everywhere(k, k, size)
                 if m.route.kind == "owner":
-                    layout = tuple(
-                        full(k, k) if rank == m.route.owner else EMPTY
-                        for rank in range(size)
-                    )
+                    layout = only_on(m.route.owner, k, k, size)
                 yield self._tensor(m, key, (k, k), (k, k), layout)
 
     def _tensor(

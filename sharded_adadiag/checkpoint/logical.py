@@ -216,7 +216,7 @@ def row_chunks(rows: int, cols: int, world_size: int) -> Layout:
     """The rows of each rank under ``Shard(0)``: ``torch.chunk``'s."""
     size = -(-rows // world_size)
     edges = [min(size * i, rows) for i in range(world_size + 1)]
-    return tuple(Box(a, b, 0, cols) for a, b in zip(edges, edges[1:]))
+    return Layout.of(Box(a, b, 0, cols) for a, b in zip(edges, edges[1:]))
 
 
 def _chunks(tensors: Sequence[StateTensor]) -> Iterator[list[int]]:
@@ -243,7 +243,7 @@ def _shares(piece: Tensor, value: Tensor) -> bool:
 
 def as_column(layout: Layout) -> Layout:
     """Regions of a ``1 x n`` matrix as those of an ``n x 1`` matrix."""
-    return tuple(
+    return Layout.of(
         Box(r.col_start, r.col_stop, 0, 1) if isinstance(r, Box) else r for r in layout
     )
 
@@ -268,4 +268,4 @@ def vector_layout(layout: Layout, *, of_rows: bool) -> Layout:
             else (region.col_start, region.col_stop)
         )
         regions.append(Box(start, stop, 0, 1))
-    return tuple(regions)
+    return Layout.of(regions)

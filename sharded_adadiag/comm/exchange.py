@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.plan.exchange_plan import HEADER_BYTES, ExchangePlan, Hop, Slot
+from sharded_adadiag.plan.exchange_plan import (
+    HEADER_BYTES,
+    Chunk,
+    ExchangePlan,
+    Hop,
+)
 from sharded_adadiag.plan.geometry import Box, Region, as_flat, intersect
 
 
@@ -60,12 +65,12 @@ class Exchange:
         rank = self.comm.rank
         statuses = [0] * plan.world_size
         statuses[rank] = status
-        received = None
+        arrivals: list[tuple[Chunk, Tensor]] = []
         if not plan.is_local:
-            received = self._all_to_all(plan, pieces, wire, device, status)
+            arrivals = self._all_to_all(plan, pieces, wire, device, status)
         results: list[Tensor] = []
         room = self._room(plan, work, slot, device)
-        moved = self._arrivals(plan, received, wire)
+        moved = _by_matrix(arrivals, wire)
         for i, hop in enumerate(plan.hops):
             wanted = hop.target[rank]
             if hop.source[rank] == wanted and not hop.summed:
@@ -74,14 +79,11 @@ class Exchange:
                 out = next(room)
                 self._fill(out, hop, pieces[i], moved.get(i, ()), rank)
                 results.append(out)
-        if received is not None:
-            starts = self._chunk_starts(plan)
-            words = [
-                received[i : i + HEADER_BYTES].view(torch.int64) for _, i in starts
-            ]
+        if arrivals:
+            words = [data[:HEADER_BYTES].view(torch.int64) for _, data in arrivals]
             # One transfer to the host, not one per rank.
-            for (source, _), word in zip(starts, torch.cat(words).tolist()):
-                statuses[source] = word
+            for (chunk, _), word in zip(arrivals, torch.cat(words).tolist()):
+                statuses[chunk.rank] = word
         return results, statuses
 
     def _all_to_all(
@@ -91,62 +93,31 @@ class Exchange:
         wire: Sequence[torch.dtype],
         device: torch.device,
         status: int,
-    ) -> Tensor:
+    ) -> list[tuple[Chunk, Tensor]]:
         """Pack what leaves this rank, exchange, and return the bytes that came."""
-        rank, ranks = self.comm.rank, range(plan.world_size)
-        sent = [plan.chunk(rank, r)[1] for r in ranks]
-        got = [plan.chunk(r, rank)[1] for r in ranks]
+        rank = self.comm.rank
+        outgoing, incoming = plan.sent(rank), plan.received(rank)
+        sent = _sizes(outgoing, plan.world_size)
+        got = _sizes(incoming, plan.world_size)
         place = self.comm.device(device)
         send = self._buffer("send", place, sum(sent))
-        start = 0
-        for target in ranks:
-            slots, size = plan.chunk(rank, target)
-            chunk = send[start : start + size]
-            start += size
-            if size:
-                chunk[:HEADER_BYTES].view(torch.int64).fill_(status)
-            for slot in slots:
-                t = slot.transfer
-                piece, hop = pieces[t.item], plan.hops[t.item]
-                held = hop.target[t.target] if hop.summed else hop.source[rank]
-                view = window(piece, held, t.region, hop.cols)
-                chunk[slot.start : slot.stop].view(wire[t.item]).view(view.shape).copy_(
-                    view
-                )
+        for chunk, data in _cut(send, outgoing):
+            data[:HEADER_BYTES].view(torch.int64).fill_(status)
+            for slot in chunk.slots:
+                hop, i = plan.hops[slot.item], slot.item
+                held = hop.target[chunk.rank] if hop.summed else hop.source[rank]
+                view = window(pieces[i], held, slot.region, hop.cols)
+                data[slot.start : slot.stop].view(wire[i]).view(view.shape).copy_(view)
         receive = self._buffer("receive", place, sum(got))
         self.comm.all_to_all(receive, send, got, sent)
-        return receive
-
-    def _chunk_starts(self, plan: ExchangePlan) -> list[tuple[int, int]]:
-        starts, start = [], 0
-        for source in range(plan.world_size):
-            size = plan.chunk(source, self.comm.rank)[1]
-            if size:
-                starts.append((source, start))
-            start += size
-        return starts
-
-    def _arrivals(
-        self, plan: ExchangePlan, received: Tensor | None, wire: Sequence[torch.dtype]
-    ) -> dict[int, list[tuple[Slot, Tensor]]]:
-        """What came for each matrix, in rank order, as views of the buffer."""
-        arrivals: dict[int, list[tuple[Slot, Tensor]]] = {}
-        if received is None:
-            return arrivals
-        for source, start in self._chunk_starts(plan):
-            for slot in plan.chunk(source, self.comm.rank)[0]:
-                t = slot.transfer
-                data = received[start + slot.start : start + slot.stop]
-                data = data.view(wire[t.item])
-                arrivals.setdefault(t.item, []).append((slot, data))
-        return arrivals
+        return list(_cut(receive, incoming))
 
     def _fill(
         self,
         out: Tensor,
         hop: Hop,
         piece: Tensor,
-        moved: Sequence[tuple[Slot, Tensor]],
+        moved: Sequence[tuple[Region, Tensor]],
         rank: int,
     ) -> None:
         """Put together one matrix's target piece."""
@@ -163,8 +134,8 @@ class Exchange:
             window(out, wanted, shared, hop.cols).copy_(
                 window(piece, held, shared, hop.cols)
             )
-        for slot, data in moved:
-            view = window(out, wanted, slot.transfer.region, hop.cols)
+        for region, data in moved:
+            view = window(out, wanted, region, hop.cols)
             view.copy_(data.view(view.shape))
 
     def _room(
@@ -199,6 +170,34 @@ class Exchange:
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
             self._buffers[name, device] = buffer
         return buffer[:size]
+
+
+def _sizes(chunks: Sequence[Chunk], world_size: int) -> list[int]:
+    """Bytes to or from each rank."""
+    sizes = [0] * world_size
+    for chunk in chunks:
+        sizes[chunk.rank] = chunk.nbytes
+    return sizes
+
+
+def _cut(buffer: Tensor, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
+    """The part of a buffer that each message is."""
+    start = 0
+    for chunk in chunks:
+        yield chunk, buffer[start : start + chunk.nbytes]
+        start += chunk.nbytes
+
+
+def _by_matrix(
+    arrivals: Sequence[tuple[Chunk, Tensor]], wire: Sequence[torch.dtype]
+) -> dict[int, list[tuple[Region, Tensor]]]:
+    """What came for each matrix, in rank order, as views of the buffer."""
+    moved: dict[int, list[tuple[Region, Tensor]]] = {}
+    for chunk, data in arrivals:
+        for slot in chunk.slots:
+            part = data[slot.start : slot.stop].view(wire[slot.item])
+            moved.setdefault(slot.item, []).append((slot.region, part))
+    return moved
 
 
 def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:

@@ -12,11 +12,10 @@ broadcast route, as long as the rotations that are then on every rank stay withi
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
-from sharded_adadiag.plan.geometry import full
+from sharded_adadiag.plan.exchange_plan import Hop
+from sharded_adadiag.plan.geometry import only_on
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.route import Kind, Route
 
@@ -97,8 +96,8 @@ def step_bytes(matrix: MatrixLayout, route: Route) -> int:
     total = 0
     for i, (near, far) in enumerate(zip(layouts, layouts[1:])):
         out = matrix.grad_itemsize if route.raw(i) else matrix.work_itemsize
-        total += _moved(Hop(matrix.cols, near, far, out))
-        total += _moved(Hop(matrix.cols, far, near, matrix.work_itemsize))
+        total += Hop(matrix.cols, near, far, out).moved_bytes
+        total += Hop(matrix.cols, far, near, matrix.work_itemsize).moved_bytes
     return total
 
 
@@ -112,19 +111,7 @@ def refresh_bytes(matrix: MatrixLayout, route: Route, rotation_bytes: int) -> in
         side = matrix.cols if route.moments.right else matrix.rows
         total += 8 * side * side * (world_size - 1)
     elif route.basis_from == "gradient":
-        whole = full(matrix.rows, matrix.cols)
-        owner = tuple(
-            whole if rank == route.owner else full(0, 0) for rank in range(world_size)
-        )
+        owner = only_on(route.owner, matrix.rows, matrix.cols, world_size)
         hop = Hop(matrix.cols, matrix.layout, owner, matrix.grad_itemsize)
-        total += _moved(hop)
+        total += hop.moved_bytes
     return total
-
-
-@functools.lru_cache(maxsize=4096)
-def _moved(hop: Hop) -> int:
-    """Bytes that leave their rank in a hop; models repeat a few shapes many times."""
-    plan = ExchangePlan(len(hop.source), (hop,))
-    return sum(
-        t.region.numel * hop.itemsize for t in plan.transfers if t.source != t.target
-    )

@@ -3,15 +3,20 @@
 The message from one rank to another is a chunk of bytes: an 8-byte status word, then
 the pieces in order of falling item size (so that each starts aligned), then
 zeros up to a multiple of 8.
+
+A rank lists only what it sends and receives itself; what all ranks together move is a
+sum over layouts. So a plan costs a rank about the same on two ranks as on thousands.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
-from sharded_adadiag.plan.geometry import Layout, Region, full, holders, intersect
+from sharded_adadiag.plan.geometry import Layout, Region, intersect
 
 HEADER_BYTES = 8
 
@@ -34,24 +39,98 @@ class Hop:
     itemsize: int
     summed: bool = False
 
+    def arriving(self, rank: int) -> Iterator[tuple[int, Region]]:
+        """What a rank needs for its target region, and from whom, itself included.
 
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
-class Transfer:
-    """A region of matrix ``item`` that goes from one rank to another (or stays)."""
+        Args:
+            rank: The rank.
 
-    item: int
-    source: int
-    target: int
-    region: Region
+        Yields:
+            A rank and the region that comes from it.
+        """
+        wanted = self.target[rank]
+        if self.summed:
+            if wanted.numel:
+                yield from ((source, wanted) for source in range(len(self.source)))
+            return
+        for _, shared, ranks in self.source.overlapping(wanted, self.cols):
+            yield _sender(ranks, rank), shared
+
+    def leaving(self, rank: int) -> Iterator[tuple[int, Region]]:
+        """What a rank sends of its source region, and to whom, itself included.
+
+        Args:
+            rank: The rank.
+
+        Yields:
+            A rank and the region that goes to it.
+        """
+        if self.summed:
+            for region, targets in self.target.pieces:
+                yield from ((target, region) for target in targets)
+            return
+        replicas = self.source.holders(rank)
+        held = self.source[rank]
+        for _, shared, targets in self.target.overlapping(held, self.cols):
+            for target in targets:
+                if len(replicas) == 1 or _sender(replicas, target) == rank:
+                    yield target, shared
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that all ranks together send to others, without status words."""
+        ends = self.cols, self.source, self.target, self.summed
+        return _moved_numel(*ends) * self.itemsize
+
+
+def _sender(replicas: Sequence[int], target: int) -> int:
+    """Who of several holders sends: a replica at hand is free, others take turns."""
+    return target if target in replicas else replicas[target % len(replicas)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _moved_numel(cols: int, source: Layout, target: Layout, summed: bool) -> int:
+    """Entries wanted by ranks that do not hold them."""
+    if summed:
+        return target.numel * (len(source) - 1)
+    if source == target:
+        return 0
+    fewer, more = sorted((source, target), key=lambda side: len(side.pieces))
+    at_hand = 0
+    for region, ranks in fewer.pieces:
+        for rank in ranks:
+            shared = intersect(region, more[rank], cols)
+            at_hand += shared.numel if shared is not None else 0
+    return target.numel - at_hand
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a transfer lies in the chunk of its pair of ranks."""
+    """Where a region of matrix ``item`` lies in the chunk of a pair of ranks."""
 
-    transfer: Transfer
+    item: int
+    region: Region
     start: int
     stop: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """The message between this rank and another.
+
+    Attributes:
+        rank: The other rank.
+        slots: What it is made of.
+        nbytes: Its length with the status word.
+    """
+
+    rank: int
+    slots: tuple[Slot, ...]
+    nbytes: int
+
+
+def _own_field() -> Any:
+    return dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,58 +144,35 @@ class ExchangePlan:
 
     world_size: int
     hops: tuple[Hop, ...]
+    # Messages of the rank that exchanges, listed once.
+    _sent: dict[int, list[Chunk]] = _own_field()
+    _received: dict[int, list[Chunk]] = _own_field()
 
     def __post_init__(self) -> None:
         for hop in self.hops:
             assert len(hop.source) == len(hop.target) == self.world_size
-        received: dict[tuple[int, int], int] = {}
-        for t in self.transfers:
-            key = t.item, t.target
-            received[key] = received.get(key, 0) + t.region.numel
-        for i, hop in enumerate(self.hops):
-            for rank, region in enumerate(hop.target):
-                copies = self.world_size if hop.summed else 1
-                assert received.get((i, rank), 0) == copies * region.numel
-
-    @cached_property
-    def transfers(self) -> tuple[Transfer, ...]:
-        """Every transfer, also those within a rank."""
-        return tuple(t for i, hop in enumerate(self.hops) for t in _transfers(i, hop))
 
     @cached_property
     def is_local(self) -> bool:
         """Whether nothing leaves a rank, so that no collective is needed."""
-        return all(t.source == t.target for t in self.transfers)
+        return all(hop.moved_bytes == 0 for hop in self.hops)
 
-    @cached_property
-    def chunks(self) -> dict[tuple[int, int], tuple[tuple[Slot, ...], int]]:
-        """Slots and bytes of the message of each (source, target) pair."""
-        between: dict[tuple[int, int], list[Transfer]] = {}
-        for t in self.transfers:
-            if t.source != t.target:
-                between.setdefault((t.source, t.target), []).append(t)
-        chunks = {}
-        for pair, transfers in between.items():
-            slots, start = [], HEADER_BYTES
-            transfers.sort(key=lambda t: (-self.hops[t.item].itemsize, t))
-            for t in transfers:
-                stop = start + t.region.numel * self.hops[t.item].itemsize
-                slots.append(Slot(t, start, stop))
-                start = stop
-            chunks[pair] = tuple(slots), -(-start // 8) * 8
-        return chunks
+    def sent(self, rank: int) -> list[Chunk]:
+        """The messages of a rank to each other rank; the status word goes to all."""
+        if rank not in self._sent:
+            self._sent[rank] = self._leaving(rank)
+        return self._sent[rank]
 
-    def chunk(self, source: int, target: int) -> tuple[tuple[Slot, ...], int]:
-        """Slots and bytes of a message; the status word travels between all ranks."""
-        if source == target:
-            return (), 0
-        return self.chunks.get((source, target), ((), HEADER_BYTES))
+    def received(self, rank: int) -> list[Chunk]:
+        """The messages of each other rank to a rank."""
+        if rank not in self._received:
+            arriving = (hop.arriving(rank) for hop in self.hops)
+            self._received[rank] = self._chunks(rank, arriving)
+        return self._received[rank]
 
     def bytes_sent(self, rank: int) -> int:
         """Bytes that a rank sends to the others."""
-        if self.is_local:
-            return 0
-        return sum(self.chunk(rank, other)[1] for other in range(self.world_size))
+        return 0 if self.is_local else sum(c.nbytes for c in self._leaving(rank))
 
     def inverse(self, itemsizes: Sequence[int]) -> ExchangePlan:
         """The way back: every holder of a piece, replicas too, gets it.
@@ -135,26 +191,29 @@ class ExchangePlan:
             ),
         )
 
+    def _leaving(self, rank: int) -> list[Chunk]:
+        return self._chunks(rank, (hop.leaving(rank) for hop in self.hops))
 
-def replicate(rows: int, cols: int, world_size: int) -> Layout:
-    """The layout in which every rank holds everything."""
-    return (full(rows, cols),) * world_size
+    def _chunks(
+        self, rank: int, regions: Iterable[Iterator[tuple[int, Region]]]
+    ) -> list[Chunk]:
+        """What passes between a rank and each other one, in rank order."""
+        between: dict[int, list[tuple[int, int, Region]]] = {}
+        for item, (hop, some) in enumerate(zip(self.hops, regions)):
+            for other, region in some:
+                if other != rank:
+                    key = -hop.itemsize, item, region
+                    between.setdefault(other, []).append(key)
+        return [
+            self._chunk(other, sorted(between.get(other, ())))
+            for other in range(self.world_size)
+            if other != rank
+        ]
 
-
-def _transfers(item: int, hop: Hop) -> Iterable[Transfer]:
-    if hop.summed:
-        for target, region in enumerate(hop.target):
-            if region.numel:
-                for source in range(len(hop.source)):
-                    yield Transfer(item, source, target, region)
-        return
-    pieces = holders(hop.source)
-    for target, wanted in enumerate(hop.target):
-        if not wanted.numel:
-            continue
-        for piece, ranks in pieces.items():
-            shared = intersect(piece, wanted, hop.cols)
-            if shared is not None:
-                # A replica at hand is free; the others share the sending.
-                near = target if target in ranks else ranks[target % len(ranks)]
-                yield Transfer(item, near, target, shared)
+    def _chunk(self, other: int, parts: Sequence[tuple[int, int, Region]]) -> Chunk:
+        slots, start = [], HEADER_BYTES
+        for negative_size, item, region in parts:
+            stop = start - region.numel * negative_size
+            slots.append(Slot(item, region, start, stop))
+            start = stop
+        return Chunk(other, tuple(slots), -(-start // 8) * 8)

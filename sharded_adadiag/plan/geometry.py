@@ -1,9 +1,12 @@
-"""Regions: which part of a full matrix a rank holds."""
+"""Regions and layouts: which part of a full matrix each rank holds."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -45,15 +48,202 @@ class FlatRange:
 
 
 Region = Box | FlatRange
-# The region of each rank of the group, in rank order.
-Layout = tuple[Region, ...]
+# Ascending ranks. A `range` wherever they are evenly spaced, so that equal ranks
+# compare equal and 4,096 replicas take no more room than two.
+Ranks = Sequence[int]
 
 EMPTY = Box(0, 0, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the entries of a matrix are, with room only for ranks that hold some.
+
+    Attributes:
+        world_size: Number of ranks.
+        pieces: The distinct non-empty regions, each with the ranks that hold it, in
+            the order of their first rank. A rank holds at most one.
+        rest: The empty region of every other rank. Its shape tells how many rows or
+            columns such a rank still takes part in sums of.
+    """
+
+    world_size: int
+    pieces: tuple[tuple[Region, Ranks], ...]
+    rest: Region = EMPTY
+
+    @classmethod
+    def of(cls, regions: Iterable[Region]) -> Layout:
+        """The layout with these regions, by rank."""
+        ranks: dict[Region, list[int]] = {}
+        rest: Region | None = None
+        count = 0
+        for count, region in enumerate(regions, 1):
+            if region.numel:
+                ranks.setdefault(region, []).append(count - 1)
+            else:
+                rest = region if rest is None else rest
+        pieces = tuple((region, _compact(some)) for region, some in ranks.items())
+        return cls(count, pieces, EMPTY if rest is None else rest)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Layout) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __len__(self) -> int:
+        return self.world_size
+
+    def __getitem__(self, rank: int) -> Region:
+        if not 0 <= rank < self.world_size:
+            raise IndexError(rank)  # ends iteration
+        return self._place.get(rank, self.rest)
+
+    def __iter__(self) -> Iterator[Region]:
+        return (self[rank] for rank in range(self.world_size))
+
+    @property
+    def numel(self) -> int:
+        """Entries that all ranks hold together, replicas counted each time."""
+        return sum(region.numel * len(ranks) for region, ranks in self.pieces)
+
+    def is_everywhere(self) -> bool:
+        """Whether every rank holds the same region."""
+        return len(self.pieces) == 1 and len(self.pieces[0][1]) == self.world_size
+
+    def holders(self, rank: int) -> Ranks:
+        """The ranks that hold what a rank holds; none if that is nothing."""
+        region = self[rank]
+        return self._ranks[region] if region.numel else ()
+
+    def overlapping(
+        self, wanted: Region, cols: int
+    ) -> Iterator[tuple[Region, Region, Ranks]]:
+        """The pieces that share entries with a region.
+
+        Args:
+            wanted: A region of the matrix.
+            cols: Columns of the matrix.
+
+        Yields:
+            A piece, what it shares with the region, and who holds the piece.
+        """
+        if not wanted.numel:
+            return
+        axis, ordered, stops = self._sorted
+        low, high = _extent(wanted, axis, cols) if axis else (0, 0)
+        first = bisect.bisect_right(stops, low) if axis else 0
+        for piece, ranks in ordered[first:] if first else ordered:
+            if axis and _extent(piece, axis, cols)[0] >= high:
+                break
+            shared = intersect(piece, wanted, cols)
+            if shared is not None:
+                yield piece, shared, ranks
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        return self.world_size, self.pieces, self.rest
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    @cached_property
+    def _place(self) -> dict[int, Region]:
+        return {rank: region for region, ranks in self.pieces for rank in ranks}
+
+    @cached_property
+    def _ranks(self) -> dict[Region, Ranks]:
+        return dict(self.pieces)
+
+    @cached_property
+    def _sorted(self) -> tuple[str, tuple[tuple[Region, Ranks], ...], list[int]]:
+        """The axis along which the pieces lie, and the pieces and their ends along it.
+
+        The axis is "" if they lie along none.
+        """
+        axis = _axis([region for region, _ in self.pieces])
+        if not axis:
+            return "", self.pieces, []
+        ordered = sorted(self.pieces, key=lambda piece: piece[0])
+        return axis, tuple(ordered), [_extent(p, axis, 1)[1] for p, _ in ordered]
+
+
+def _compact(ranks: Sequence[int]) -> Ranks:
+    """Ascending ranks as a range if they are evenly spaced."""
+    if len(ranks) == 1:
+        return range(ranks[0], ranks[0] + 1)
+    step = ranks[1] - ranks[0]
+    even = range(ranks[0], ranks[-1] + 1, step)
+    return even if list(even) == list(ranks) else tuple(ranks)
+
+
+def _axis(regions: Sequence[Region]) -> str:
+    """Along what the regions lie: "flat", "rows", "cols", or "" for neither."""
+    if all(isinstance(region, FlatRange) for region in regions):
+        return "flat"
+    boxes = [region for region in regions if isinstance(region, Box)]
+    if len(boxes) < len(regions):
+        return ""
+    if len({(box.col_start, box.col_stop) for box in boxes}) == 1:
+        return "rows"
+    if len({(box.row_start, box.row_stop) for box in boxes}) == 1:
+        return "cols"
+    return ""
+
+
+def _extent(region: Region, axis: str, cols: int) -> tuple[int, int]:
+    """First and last coordinate of a region along an axis of a matrix, exclusive."""
+    if axis == "flat":
+        flat = as_flat(region, cols)
+        return flat.start, flat.stop
+    if isinstance(region, FlatRange):
+        whole = axis == "cols"
+        return (0, cols) if whole else (region.start // cols, -(-region.stop // cols))
+    if axis == "rows":
+        return region.row_start, region.row_stop
+    return region.col_start, region.col_stop
+
+
+def by_parameter(holdings: Sequence[Sequence[Region]]) -> list[Layout]:
+    """The layout of each parameter, one object for all that lie alike.
+
+    Args:
+        holdings: Regions by rank and then parameter.
+
+    Returns:
+        The layouts.
+    """
+    known: dict[tuple[Region, ...], Layout] = {}
+    layouts = []
+    for regions in zip(*holdings):
+        layout = known.get(regions)
+        if layout is None:
+            layout = known[regions] = Layout.of(regions)
+        layouts.append(layout)
+    return layouts
 
 
 def full(rows: int, cols: int) -> Box:
     """The region that is the whole matrix."""
     return Box(0, rows, 0, cols)
+
+
+@functools.lru_cache(maxsize=64)
+def everywhere(rows: int, cols: int, world_size: int) -> Layout:
+    """The layout in which every rank holds everything."""
+    if rows * cols == 0:
+        return Layout(world_size, (), full(rows, cols))
+    return Layout(world_size, ((full(rows, cols), range(world_size)),))
+
+
+def only_on(rank: int, rows: int, cols: int, world_size: int) -> Layout:
+    """The layout in which one rank holds everything."""
+    if rows * cols == 0:
+        return Layout(world_size, ())
+    return Layout(world_size, ((full(rows, cols), range(rank, rank + 1)),))
 
 
 def intersect(a: Region, b: Region, cols: int) -> Region | None:
@@ -103,6 +293,7 @@ def as_flat(region: Region, cols: int) -> FlatRange:
     return FlatRange(region.row_start * cols, region.row_stop * cols)
 
 
+@functools.lru_cache(maxsize=64)
 def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     """Row or column blocks whose sizes differ by at most one.
 
@@ -115,14 +306,10 @@ def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     Returns:
         The block of each part.
     """
-    length = rows if by_rows else cols
-    cuts = [length * i // parts for i in range(parts + 1)]
-    pairs = list(zip(cuts, cuts[1:]))
-    if by_rows:
-        return tuple(Box(a, b, 0, cols) for a, b in pairs)
-    return tuple(Box(0, rows, a, b) for a, b in pairs)
+    return Layout.of(_cut(full(rows, cols), parts, by_rows=by_rows))
 
 
+@functools.lru_cache(maxsize=64)
 def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
     """Every piece divided among the ranks that hold it.
 
@@ -130,7 +317,7 @@ def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
     divided, so its empty block gets the full length there.
 
     Args:
-        layout: Blocks of whole rows, or of whole columns; empty ones of any shape.
+        layout: Blocks of whole rows, or of whole columns.
         rows: Of the matrix.
         cols: Of the matrix.
         by_rows: They are row blocks rather than column blocks.
@@ -138,59 +325,57 @@ def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
     Returns:
         A layout without replicas; a piece that only one rank holds stays whole.
     """
-    side, length = (1, cols) if by_rows else (0, rows)
-    nothing = Box(0, 0, 0, cols) if by_rows else Box(0, rows, 0, 0)
-    result: list[Region] = [
-        region if isinstance(region, Box) and region.shape[side] == length else nothing
-        for region in layout
-    ]
-    for piece, ranks in holders(layout).items():
+    pieces = []
+    for piece, ranks in layout.pieces:
         assert isinstance(piece, Box)
-        blocks = even_blocks(*piece.shape, len(ranks), by_rows=by_rows)
-        for rank, block in zip(ranks, blocks):
-            assert isinstance(block, Box)
-            result[rank] = Box(
-                piece.row_start + block.row_start,
-                piece.row_start + block.row_stop,
-                piece.col_start + block.col_start,
-                piece.col_start + block.col_stop,
-            )
-    return tuple(result)
+        for rank, block in zip(ranks, _cut(piece, len(ranks), by_rows=by_rows)):
+            if block.numel:
+                pieces.append((rank, block))
+    rest = Box(0, 0, 0, cols) if by_rows else Box(0, rows, 0, 0)
+    placed = tuple((block, range(rank, rank + 1)) for rank, block in sorted(pieces))
+    return Layout(layout.world_size, placed, rest)
 
 
-def holders(layout: Layout) -> dict[Region, list[int]]:
-    """The distinct non-empty pieces of a layout and the ranks that hold each."""
-    pieces: dict[Region, list[int]] = {}
-    for rank, region in enumerate(layout):
-        if region.numel:
-            pieces.setdefault(region, []).append(rank)
-    return pieces
+def _cut(box: Box, parts: int, *, by_rows: bool) -> list[Box]:
+    """A box in row or column blocks whose sizes differ by at most one."""
+    length = box.shape[0 if by_rows else 1]
+    cuts = [length * i // parts for i in range(parts + 1)]
+    pairs = list(zip(cuts, cuts[1:]))
+    top, left = box.row_start, box.col_start
+    if by_rows:
+        return [Box(top + a, top + b, left, box.col_stop) for a, b in pairs]
+    return [Box(top, box.row_stop, left + a, left + b) for a, b in pairs]
 
 
-def tiling_error(pieces: Sequence[Region], rows: int, cols: int) -> str | None:
-    """Why distinct pieces do not tile a matrix, or None if they do.
+def tiling_error(layout: Layout, rows: int, cols: int) -> str | None:
+    """Why the pieces of a layout do not tile a matrix, or None if they do.
 
     Args:
-        pieces: Distinct, non-empty regions.
+        layout: Of the matrix.
         rows: Of the matrix.
         cols: Of the matrix.
 
     Returns:
         A sentence for an error message, or None.
     """
+    pieces = [region for region, _ in layout.pieces]
     covered = sum(piece.numel for piece in pieces)
     if covered != rows * cols:
         return f"its pieces hold {covered} entries of {rows * cols}"
     whole = full(rows, cols)
-    for i, piece in enumerate(pieces):
+    # In the order of their first rows only those that reach down to the next
+    # piece's can clash with it.
+    near: list[Region] = []
+    for piece in sorted(pieces, key=lambda piece: _extent(piece, "rows", cols)):
         try:
             if intersect(piece, whole, cols) != piece:
                 return f"{piece} is not inside the {rows} x {cols} matrix"
-            clash = next(
-                (p for p in pieces[:i] if intersect(piece, p, cols) is not None), None
-            )
+            top = _extent(piece, "rows", cols)[0]
+            near = [p for p in near if _extent(p, "rows", cols)[1] > top]
+            clash = next((p for p in near if intersect(piece, p, cols)), None)
         except ValueError as error:
             return str(error)
         if clash is not None:
             return f"{piece} and {clash} overlap"
+        near.append(piece)
     return None

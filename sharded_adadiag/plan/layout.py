@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
-from sharded_adadiag.plan.geometry import (
-    Box,
-    Layout,
-    full,
-    holders,
-    tiling_error,
-)
+from sharded_adadiag.plan.geometry import Box, Layout, tiling_error
 
 
 class Storage(enum.Enum):
@@ -48,7 +43,7 @@ class MatrixLayout:
     work_itemsize: int = 4
 
     def __post_init__(self) -> None:
-        error = tiling_error(list(holders(self.layout)), self.rows, self.cols)
+        error = _tiling_error(self.layout, self.rows, self.cols)
         if error is not None:
             raise ValueError(
                 f"{self.name}: the ranks' pieces do not make up the "
@@ -64,11 +59,20 @@ class MatrixLayout:
     @property
     def storage(self) -> Storage:
         """How the matrix lies on the ranks."""
-        pieces = list(holders(self.layout))
-        if set(self.layout) == {full(self.rows, self.cols)}:
-            return Storage.REPLICATED
-        if all(isinstance(p, Box) and p.shape[1] == self.cols for p in pieces):
-            return Storage.ROWS
-        if all(isinstance(p, Box) and p.shape[0] == self.rows for p in pieces):
-            return Storage.COLS
-        return Storage.PIECES
+        return _storage(self.layout, self.rows, self.cols)
+
+
+# A model repeats a few shapes in a few layouts many times.
+_tiling_error = functools.lru_cache(maxsize=64)(tiling_error)
+
+
+@functools.lru_cache(maxsize=64)
+def _storage(layout: Layout, rows: int, cols: int) -> Storage:
+    pieces = [region for region, _ in layout.pieces]
+    if layout.is_everywhere():
+        return Storage.REPLICATED
+    if all(isinstance(p, Box) and p.shape[1] == cols for p in pieces):
+        return Storage.ROWS
+    if all(isinstance(p, Box) and p.shape[0] == rows for p in pieces):
+        return Storage.COLS
+    return Storage.PIECES

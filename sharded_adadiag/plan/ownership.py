@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -9,11 +10,12 @@ from sharded_adadiag.plan.cost import MatrixCost
 
 # A change of owners: (matrix, new owner) pairs.
 Change = tuple[tuple[int, int], ...]
+# Of all work, and of all state.
+Share = tuple[float, float]
 
 
 def assign_owners(
     costs: Sequence[MatrixCost],
-    allowed: Sequence[Sequence[int]],
     world_size: int,
     borne: Sequence[tuple[int, MatrixCost]] = (),
 ) -> list[int]:
@@ -21,12 +23,11 @@ def assign_owners(
 
     A rank's load is the larger of its share of the work (per step, refreshes spread
     over their period) and its share of the state. Matrices are placed heaviest first
-    on the least loaded rank that may own them (longest processing time first); then
-    up to two matrices are moved or swapped while the most loaded rank gains.
+    on the least loaded rank (longest processing time first); then up to two matrices
+    are moved or swapped while the most loaded rank gains.
 
     Args:
         costs: Of each matrix.
-        allowed: The ranks that may own each.
         world_size: Number of ranks.
         borne: Owner and cost of the matrices that have an owner already.
 
@@ -35,14 +36,12 @@ def assign_owners(
     """
     loads = _Loads(costs, world_size, borne)
     for i in sorted(range(len(costs)), key=lambda i: (-max(loads.weights[i]), i)):
-        loads.apply((
-            (i, min(allowed[i], key=lambda r: (loads.after(r, [(i, 1)]), r))),
-        ))
+        loads.apply(((i, loads.least_after(i)),))
     for _ in range(4 * len(costs)):
-        worst = max(range(world_size), key=lambda r: (loads.of(r), -r))
+        worst = loads.worst()
         # The margin keeps rounding from moving a matrix back and forth.
         best, chosen = loads.of(worst) * (1.0 - 1e-9), None
-        for change in _changes(loads, worst, allowed):
+        for change in _changes(loads, worst):
             after = loads.worst_after(change)
             if after < best:
                 best, chosen = after, change
@@ -53,7 +52,11 @@ def assign_owners(
 
 
 class _Loads:
-    """Shares of work and of state bytes that each rank bears so far."""
+    """Shares of work and of state bytes that each rank bears so far.
+
+    Ranks that bear the same are looked at together, so that thousands without any
+    matrix cost as much as one.
+    """
 
     def __init__(
         self,
@@ -65,14 +68,29 @@ class _Loads:
         work = sum(c.per_step for c in everything) or 1.0
         state = sum(c.state_bytes for c in everything) or 1.0
         self.weights = [(c.per_step / work, c.state_bytes / state) for c in costs]
-        self.shares = [[0.0, 0.0] for _ in range(world_size)]
-        for rank, cost in borne:
-            self.shares[rank][0] += cost.per_step / work
-            self.shares[rank][1] += cost.state_bytes / state
+        self.shares = [(0.0, 0.0)] * world_size
+        self.owned: list[list[int]] = [[] for _ in range(world_size)]
         self.owners = [-1] * len(costs)
+        for rank, cost in borne:
+            given = cost.per_step / work, cost.state_bytes / state
+            self.shares[rank] = _sum(self.shares[rank], given, 1)
+        self.alike: dict[Share, set[int]] = {}
+        for rank, share in enumerate(self.shares):
+            self.alike.setdefault(share, set()).add(rank)
 
     def of(self, rank: int) -> float:
         return max(self.shares[rank])
+
+    def worst(self) -> int:
+        """The most loaded rank, the first of several."""
+        top = max(max(share) for share in self.alike)
+        return min(min(r) for share, r in self.alike.items() if max(share) == top)
+
+    def least_after(self, i: int) -> int:
+        """The rank that would have the least load if it owned a matrix too."""
+        after = {share: max(_sum(share, self.weights[i], 1)) for share in self.alike}
+        least = min(after.values())
+        return min(min(self.alike[s]) for s, load in after.items() if load == least)
 
     def after(self, rank: int, changes: Sequence[tuple[int, int]]) -> float:
         """A rank's load if matrices came (+1) or went (-1)."""
@@ -91,43 +109,44 @@ class _Loads:
 
     def apply(self, change: Change) -> None:
         for i, rank in change:
-            for k in (0, 1):
-                if self.owners[i] >= 0:
-                    self.shares[self.owners[i]][k] -= self.weights[i][k]
-                self.shares[rank][k] += self.weights[i][k]
+            if self.owners[i] >= 0:
+                self._bear(self.owners[i], i, -1)
+                self.owned[self.owners[i]].remove(i)
+            self._bear(rank, i, 1)
+            bisect.insort(self.owned[rank], i)
             self.owners[i] = rank
 
+    def _bear(self, rank: int, i: int, sign: int) -> None:
+        old = self.shares[rank]
+        self.alike[old].remove(rank)
+        if not self.alike[old]:
+            del self.alike[old]
+        self.shares[rank] = new = _sum(old, self.weights[i], sign)
+        self.alike.setdefault(new, set()).add(rank)
 
-def _changes(
-    loads: _Loads, worst: int, allowed: Sequence[Sequence[int]]
-) -> Iterator[Change]:
+
+def _sum(share: Share, weight: Share, sign: int) -> Share:
+    return share[0] + sign * weight[0], share[1] + sign * weight[1]
+
+
+def _changes(loads: _Loads, worst: int) -> Iterator[Change]:
     """Up to two matrices of a rank against up to two of another's."""
-    owned: dict[int, list[int]] = {}
-    for i, owner in enumerate(loads.owners):
-        owned.setdefault(owner, []).append(i)
-    given = _handfuls(loads, owned.get(worst, []))
+    given = _handfuls(loads, loads.owned[worst])
     seen = set()
-    for rank in range(len(loads.shares)):
-        others = owned.get(rank, [])
+    for rank, others in enumerate(loads.owned):
         # Ranks that own the same kinds of matrices are interchangeable, too.
         kind = tuple(sorted(loads.weights[j] for j in others))
         if rank == worst or kind in seen:
             continue
         seen.add(kind)
         for taken in [(), *_handfuls(loads, others)]:
-            if any(worst not in allowed[j] for j in taken):
-                continue
             for give in given:
-                if all(rank in allowed[i] for i in give):
-                    yield (
-                        *((i, rank) for i in give),
-                        *((j, worst) for j in taken),
-                    )
+                yield *((i, rank) for i in give), *((j, worst) for j in taken)
 
 
 def _handfuls(loads: _Loads, matrices: Sequence[int]) -> list[tuple[int, ...]]:
     """One or two of the matrices; those of equal weight count as the same."""
-    kinds: dict[tuple[tuple[float, float], ...], tuple[int, ...]] = {}
+    kinds: dict[tuple[Share, ...], tuple[int, ...]] = {}
     for size in (1, 2):
         for some in itertools.combinations(matrices, size):
             kinds.setdefault(tuple(loads.weights[i] for i in some), some)

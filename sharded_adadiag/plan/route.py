@@ -14,13 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from sharded_adadiag.plan.geometry import (
-    EMPTY,
-    Layout,
-    even_blocks,
-    full,
-    spread,
-)
+from sharded_adadiag.plan.geometry import Layout, even_blocks, only_on, spread
 from sharded_adadiag.plan.layout import MatrixLayout, Storage
 
 Kind = Literal["owner", "broadcast"]
@@ -77,10 +71,7 @@ class Route:
 
 def owner_route(matrix: MatrixLayout, owner: int, *, left: bool, right: bool) -> Route:
     """The owner computes everything on the full matrix."""
-    whole = full(matrix.rows, matrix.cols)
-    layout: Layout = tuple(
-        whole if rank == owner else EMPTY for rank in range(len(matrix.layout))
-    )
+    layout = only_on(owner, matrix.rows, matrix.cols, len(matrix.layout))
     storage = Stage(matrix.layout, "none")
     return Route("owner", owner, (storage, Stage(layout, "none", left, right)))
 
