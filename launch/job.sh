@@ -28,7 +28,8 @@ sharded_adadiag_job() {
             job=(--module sharded_adadiag.run "${job[@]}")
         fi
     else
-        [ "$kind" = once ] || RUN_DIR="$(realpath -m "${RUN_DIR:?}")"
+        [ "$kind" = once ] || : "${RUN_DIR:?}"
+        [ "$kind" = once ] || RUN_DIR="$(realpath -m "$RUN_DIR")"
         [ -z "${CONFIG:-}" ] || CONFIG="$(realpath "$CONFIG")"
         cd "$root" || exit
         case "$kind" in
