@@ -118,7 +118,7 @@ def find_rank(node: subprocess.Popen) -> int:
     raise AssertionError(f"process {node.pid} has no rank")
 
 
-# The fields that the job has of a TrainJob's (Kubeflow Trainer 2.2): the cluster refuses
+# The fields that the job has of a TrainJob's (Kubeflow Trainer 2.2): a cluster refuses
 # unknown ones.
 FIELDS = {
     "spec": {"runtimeRef", "trainer", "runtimePatches"},
