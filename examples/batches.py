@@ -168,9 +168,16 @@ def prepare_data(
             build=build,
         )
 
+    failure = None
     if here.local_rank == 0:
-        prepare(build=True)
-    here.wait()
+        try:
+            prepare(build=True)
+        except ValueError as error:
+            failure = error
+    # What is wrong with --data ends every rank, with one message and no lost contact.
+    (failures,) = here.sum(failure is not None)
+    if failures:
+        raise failure or ValueError("--data: another machine could not prepare it")
     corpus = prepare(build=False)
     if settings.data == "c4":
         texts = open_c4("train")

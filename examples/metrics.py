@@ -1,4 +1,4 @@
-"""What a run tells while it runs: JSON lines, TensorBoard, progress bar, loss plot."""
+"""What a run tells while it runs: JSON lines, TensorBoard, progress bar."""
 
 from __future__ import annotations
 
@@ -168,52 +168,3 @@ def drop_lines_after(path: Path, step: int) -> None:
         "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
     )
     os.replace(temporary, path)
-
-
-def plot_losses(run_dir: Path, *, title: str) -> Path:
-    """Draws the training and the validation loss of metrics.jsonl; returns the file."""
-    # A Figure without pyplot needs no display and leaves no global state behind.
-    from matplotlib.figure import Figure
-
-    lines = read_lines(run_dir / "metrics.jsonl")
-    validated = [line for line in lines if line["val_loss"] is not None]
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(
-        [line["step"] for line in lines],
-        [line["loss"] for line in lines],
-        label="training, one batch",
-        color="tab:blue",
-        linewidth=0.8,
-    )
-    axes.plot(
-        [line["step"] for line in validated],
-        [line["val_loss"] for line in validated],
-        label="validation",
-        color="tab:orange",
-        marker="o",
-        markersize=4,
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = run_dir / "loss.png"
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def report(run_dir: Path, *, title: str, checkpoint: Path | str | None) -> None:
-    """Draws the plot and says where everything is."""
-    plot = plot_losses(run_dir, title=title)
-    last = read_lines(run_dir / "metrics.jsonl")[-1]
-    print(
-        f"validation loss {last['val_loss']:.4f}, perplexity {last['val_ppl']:.2f}"
-        f" after {last['step']} steps\n"
-        f"plot:        {plot}\n"
-        f"metrics:     {run_dir / 'metrics.jsonl'}\n"
-        f"tensorboard: tensorboard --logdir {run_dir / 'tensorboard'}\n"
-        f"checkpoint:  {checkpoint}",
-        flush=True,
-    )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import sys
+from collections.abc import Generator
 from typing import Any
 
 import torch
 from settings import ROTATION_FLAGS, Settings
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 FLOOR = 0.1  # the last learning rate, as a share of the peak
@@ -39,8 +44,41 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     import sharded_adadiag
 
     name, sides = _OURS[settings.optimizer]
-    groups = sharded_adadiag.param_groups(model)
+    with _shown(settings.rotates):
+        groups = sharded_adadiag.param_groups(model)
     return getattr(sharded_adadiag, name)(groups, sides=sides, **options)
+
+
+@contextlib.contextmanager
+def _shown(wanted: bool) -> Generator[None]:
+    """Prints what `param_groups` logs, on rank 0: what is rotated, what is not."""
+    logger = logging.getLogger("sharded_adadiag")
+    handler = logging.StreamHandler(sys.stdout)
+    level = logger.level
+    if wanted:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the states that this rank keeps."""
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    return sum(_local(value).nbytes for value in values if isinstance(value, Tensor))
+
+
+def adamw_bytes(model: nn.Module) -> int:
+    """Bytes that AdamW would keep on this rank: two tensors like each parameter."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return 2 * sum(_local(param).nbytes for param in trained)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def lr_factor(step: int, *, warmup: int, steps: int) -> float:

@@ -2,17 +2,19 @@
 
     torchrun --standalone --nproc-per-node=2 examples/pretrain_llama.py
     torchrun --standalone --nproc-per-node=8 examples/pretrain_llama.py \
-        --model 60m --data c4 --precision bf16 --optimizer adadiag
+        --model 60m --data c4 --precision bf16 --optimizer adadiag --compare adamw
 
 Checkpoints are written while training goes on; Ctrl-C and SIGTERM leave one too.
 `--run-dir DIR --resume` continues from the newest one of DIR, or starts if there is
 none: the same command restarts a run that crashed. On as many ranks the numbers are
 the same to the bit, on another number to rounding. Read in order: settings.py (flags),
-corpus.py and batches.py (data), llama.py (model), checkpoints.py, this file.
+corpus.py and batches.py (data), llama.py (model), checkpoints.py, summary.py (plots),
+this file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -27,12 +29,15 @@ import ranks
 import torch
 from batches import Batches, BatchShape, prepare_data, validation_batches
 from llama import backward, build_model, shard, validation_loss
-from metrics import Line, Metrics, Stopwatch, report
-from optimizers import build_optimizer, build_schedule
+from metrics import Line, Metrics, Stopwatch
+from optimizers import adamw_bytes, build_optimizer, build_schedule, state_bytes
 from settings import Settings, parse
+from summary import Curve, Ending, report, report_comparison
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim.lr_scheduler import LambdaLR
+
+USAGE = 2  # exit code after wrong flags
 
 
 @dataclasses.dataclass
@@ -214,11 +219,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@record  # torchrun's summary then shows the exception
-def carry_out(run: Run) -> int:
-    """Trains, then reports; returns the exit code."""
+def run_to_end(run: Run, stop: ranks.StopRequest) -> Ending | None:
+    """Trains and reports; None if it was asked to stop."""
     here, settings = run.ranks, run.settings
-    stop = ranks.StopRequest()
     stop.listen()
     metrics = None
     if here.rank == 0:
@@ -231,41 +234,96 @@ def carry_out(run: Run) -> int:
     if metrics:
         metrics.close()
     if interrupted:
-        here.say(
-            f"stopped after step {run.step}; continue with the same flags and"
-            f" --run-dir {run.folder} --resume"
-        )
-        return ranks.INTERRUPTED
+        return None
+    kept, adamw = here.sum(state_bytes(run.optimizer), adamw_bytes(run.model))
+    every = settings.refresh_every if settings.rotates else None
+    name = f"{settings.optimizer}, lr {settings.lr:g}"
+    ending = Ending(
+        curve=Curve.read(name, run.folder, every),
+        state_bytes=int(kept),
+        adamw_bytes=int(adamw),
+    )
     if here.rank == 0:
         report(
             run.folder,
             title=f"LLaMA {settings.model}, {settings.optimizer}",
             checkpoint=checkpoints.newest(run.folder),
+            ending=ending,
         )
+    return ending
+
+
+@record  # torchrun's summary then shows the exception
+def carry_out(settings: Settings, here: ranks.Ranks) -> int:
+    """Trains, then the optimizer to compare with, if any; returns the exit code."""
+    stop = ranks.StopRequest()
+    waiting, endings = [settings], list[Ending]()
+    folder = None
+    while waiting:
+        run = start_run(waiting.pop(), here)
+        if run is None:
+            return USAGE
+        if folder is None:
+            folder = run.folder
+            waiting = [settings.compared(folder)] if settings.compare else []
+        ending = run_to_end(run, stop)
+        if ending is None:
+            here.say(
+                f"stopped after step {run.step}; continue with the same flags and"
+                f" --run-dir {folder} --resume"
+            )
+            return ranks.INTERRUPTED
+        endings.append(ending)
+        del run  # the first model and its states go before the second are made
+    if len(endings) > 1 and folder and here.rank == 0:
+        where = f"{here.world_size} ranks on {here.device.type}"
+        report_comparison(folder, endings, title=f"LLaMA {settings.model}, {where}")
     return 0
 
 
-def set_up(argv: Sequence[str] | None) -> Run | None:
-    """The run that the flags ask for, or None after saying what is wrong with them."""
+def start_run(settings: Settings, here: ranks.Ranks) -> Run | None:
+    """The run of the flags, or None after saying what is wrong with them."""
     try:
-        settings = parse(argv)
-        if settings.data != "c4":
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        here = ranks.start(settings.device, timeout_s=settings.timeout_s)
         return build_run(settings, here)
     except ValueError as error:
-        # What the flags cause is found by the first rank of a machine too.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"pretrain_llama.py: error: {error}", file=sys.stderr)
+        complain(error)
         return None
+
+
+def read_flags(argv: Sequence[str] | None) -> Settings | None:
+    """What the flags say, or None after saying what is wrong with them."""
+    try:
+        with contextlib.ExitStack() as muted:
+            if not speaks():
+                nowhere = muted.enter_context(Path(os.devnull).open("w"))
+                muted.enter_context(contextlib.redirect_stdout(nowhere))
+                muted.enter_context(contextlib.redirect_stderr(nowhere))
+            return parse(argv)
+    except ValueError as error:
+        complain(error)
+        return None
+
+
+def speaks() -> bool:
+    """Whether this rank tells what all find: the first of a machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def complain(error: ValueError) -> None:
+    if speaks():
+        print(f"pretrain_llama.py: error: {error}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     together = False  # after an error the other ranks are elsewhere: do not wait
     try:
-        run = set_up(argv)
-        code = 2 if run is None else carry_out(run)
-        together = run is not None
+        settings, code = read_flags(argv), USAGE
+        if settings:
+            if settings.data != "c4":
+                os.environ.setdefault("HF_HUB_OFFLINE", "1")
+            here = ranks.start(settings.device, timeout_s=settings.timeout_s)
+            code = carry_out(settings, here)
+            together = code != USAGE
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         code = ranks.INTERRUPTED

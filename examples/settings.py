@@ -1,11 +1,16 @@
-"""The settings of `pretrain_llama.py`: named model sizes, flags and their defaults."""
+"""The settings of `pretrain_llama.py`: named model sizes, flags and their defaults.
+
+Needs the standard library alone: launchers run this file on the flags, before they
+install or start anything, so that help and mistakes are told at once and once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import os
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +65,7 @@ _FREE_ON_RESUME = {
     "cache_dir",
     "run_dir",
     "resume",
+    "compare",
     "save_every",
     "keep_last",
     "log_every",
@@ -101,6 +107,12 @@ class Settings:
     steps: int = _preset_option("steps in the run")
 
     optimizer: str = _option("adadiag", "the optimizer", choices=tuple(DEFAULT_LR))
+    compare: str | None = _option(
+        None,
+        "another optimizer, trained afterwards on the same data from the same weights:"
+        " then there is a plot and a table of both",
+        choices=tuple(DEFAULT_LR),
+    )
     lr: float = _option(None, "peak learning rate (default: 3e-3)", type=float)
     betas: tuple[float, float] | None = _option(
         None, "decay of the moments (default: the optimizer's)", type=float, nargs=2
@@ -172,6 +184,27 @@ class Settings:
         if self.optimizer == "adamw" and given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{flags}: no meaning for torch's AdamW (adamw)")
+        if self.compare == self.optimizer:
+            raise ValueError(f"--compare {self.compare}: that is the --optimizer")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the optimizer works in a rotated basis."""
+        return "diag" in self.optimizer
+
+    def compared(self, run_dir: Path) -> Settings:
+        """The settings of the other optimizer; its run is a folder in `run_dir`."""
+        assert self.compare is not None
+        changed: dict[str, Any] = {
+            "optimizer": self.compare,
+            "compare": None,
+            "run_dir": str(run_dir / self.compare),
+        }
+        if self.compare == "adamw":
+            changed |= dict.fromkeys(ROTATION_FLAGS)
+        elif self.refresh_every is None:
+            changed["refresh_every"] = PRESETS[self.model].refresh_every
+        return dataclasses.replace(self, **changed)
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """The settings that would make a continuation differ from the saved run."""
@@ -217,3 +250,22 @@ def parse(
     if "betas" in values:
         values["betas"] = tuple(values["betas"])
     return Settings(**values)
+
+
+HELP_SHOWN = 64  # exit code: there is nothing to start
+
+
+def check(read: Callable[[], Any]) -> int:
+    """Reads flags with `read`; returns an exit code: 0, 2 or `HELP_SHOWN`."""
+    try:
+        read()
+    except ValueError as error:
+        print(f"pretrain_llama.py: error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as ended:  # argparse has printed the help, or what is wrong
+        return HELP_SHOWN if ended.code == 0 else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(check(parse))

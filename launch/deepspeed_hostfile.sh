@@ -11,18 +11,18 @@
 #   SSH_PORT     port of ssh on the hosts (22)
 #   NODE_RANK    line of this host in the hostfile, counted from 0; needs MASTER_ADDR
 #
-# Arguments go to examples/deepspeed/pretrain_llama.py. Checkout and environment must be at the
-# same path on all hosts. Of the variables set here only PYTHON* and NCCL_* reach the others,
-# and what ~/.deepspeed_env says (NAME=VALUE, a line each). Any host that is lost ends the job;
-# start it again, on as many hosts, to continue.
+# Arguments go to examples/deepspeed/pretrain_llama.py, or to a script of yours, if the
+# first is its path (*.py); that one needs no RUN_DIR and no CONFIG, and DeepSpeed knows
+# AdaDiag in it by name. Checkout and environment must be at the same path on all hosts.
+# Of the variables set here only PYTHON* and NCCL_* reach the others (not
+# OMP_NUM_THREADS), and what ~/.deepspeed_env says (NAME=VALUE, a line each). Any host
+# that is lost ends the job; start it again, on as many hosts, to continue.
 set -euo pipefail
-: "${RUN_DIR:?}" "${HOSTFILE:?}"
-RUN_DIR="$(realpath -m "$RUN_DIR")"
+: "${HOSTFILE:?}"
 HOSTFILE="$(realpath "$HOSTFILE")"
-CONFIG="${CONFIG:+$(realpath "$CONFIG")}"
-cd "$(dirname "$0")/.."
-. launch/environment.sh examples,deepspeed
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+. "$(dirname "$0")/job.sh"
+sharded_adadiag_job deepspeed "$@"
+sharded_adadiag_threads "$(sed -n 's/.*slots=\([0-9]*\).*/\1/p' "$HOSTFILE" | sort -n | tail -1)"
 flags=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
 if [ -n "${NODE_RANK:-}" ]; then
     flags+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?}")
@@ -31,6 +31,4 @@ else
     [ -z "${MASTER_ADDR:-}" ] || flags+=(--master_addr "$MASTER_ADDR")
     [ -z "${SSH_PORT:-}" ] || flags+=(--ssh_port "$SSH_PORT")
 fi
-exec deepspeed "${flags[@]}" examples/deepspeed/pretrain_llama.py \
-    --deepspeed_config "${CONFIG:-examples/deepspeed/ds_config_stage3.json}" \
-    --run-dir "$RUN_DIR" --resume "$@"
+exec deepspeed "${flags[@]}" "${job[@]}"

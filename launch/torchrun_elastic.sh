@@ -11,26 +11,26 @@
 #   PORT          a free port there (29500)
 #   JOB_ID        the same on all nodes of a job, another for another job (adadiag)
 #   RANKS         ranks on each node: a number, or gpu for one per GPU (gpu)
-#   RUN_DIR       folder of the run, on storage that all nodes see
+#   RUN_DIR       folder of the run, on storage that all nodes see (not for a script of yours)
 #   JOIN_S        seconds to wait for MIN_NODES nodes (600)
 #
-# Arguments go to examples/pretrain_llama.py, a later --optimizer over the one here.
+# Arguments go to examples/pretrain_llama.py, a later --optimizer over the one here; or
+# to a script of yours, if the first is its path (*.py).
 # --batch must be a multiple of every number of ranks that may come up.
 set -euo pipefail
-: "${HOST:?}" "${RUN_DIR:?}"
-RUN_DIR="$(realpath -m "$RUN_DIR")"
+: "${HOST:?}"
 JOIN_S="${JOIN_S:-600}"
-cd "$(dirname "$0")/.."
-. launch/environment.sh examples
-. launch/end_when_idle.sh
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+. "$(dirname "$0")/job.sh"
+sharded_adadiag_job continued "$@"
+. "$root/launch/end_when_idle.sh"
+sharded_adadiag_threads "${RANKS:-gpu}"
 # Else the ranks meet in a store that outlives them: after a new start, some would read the
 # addresses of the ranks before and hang. So each start has a store of its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 end_when_idle $$ $((JOIN_S + 60)) &  # exec: torchrun will be process $$
-exec torchrun \
+exec "$python" "$root/launch/torchrun.py" \
     --nnodes="${MIN_NODES:-1}:${MAX_NODES:-2}" --max-restarts="${MAX_RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="$HOST:${PORT:-29500}" \
     --rdzv-id="${JOB_ID:-adadiag}" --rdzv-conf="join_timeout=$JOIN_S" \
     --nproc-per-node="${RANKS:-gpu}" \
-    examples/pretrain_llama.py --optimizer adadiag --run-dir "$RUN_DIR" --resume "$@"
+    "${job[@]}"

@@ -7,17 +7,17 @@
 #   MASTER_ADDR  name or address of node 0, as the others reach it
 #   MASTER_PORT  a free port there (29500)
 #   RANKS        ranks on each node: a number, or gpu for one per GPU (gpu)
-#   RUN_DIR      folder of the run, on storage that all nodes see
+#   RUN_DIR      folder of the run, on storage that all nodes see (not for a script of yours)
 #
-# Arguments go to examples/pretrain_llama.py, a later --optimizer over the one here.
+# Arguments go to examples/pretrain_llama.py, a later --optimizer over the one here; or
+# to a script of yours, if the first is its path (*.py).
 set -euo pipefail
-: "${NODE_RANK:?}" "${MASTER_ADDR:?}" "${RUN_DIR:?}"
-RUN_DIR="$(realpath -m "$RUN_DIR")"
-cd "$(dirname "$0")/.."
-. launch/environment.sh examples
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun \
+: "${NODE_RANK:?}" "${MASTER_ADDR:?}"
+. "$(dirname "$0")/job.sh"
+sharded_adadiag_job continued "$@"
+sharded_adadiag_threads "${RANKS:-gpu}"
+exec "$python" "$root/launch/torchrun.py" \
     --nnodes="${NNODES:-2}" --node-rank="$NODE_RANK" \
     --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}" \
     --nproc-per-node="${RANKS:-gpu}" \
-    examples/pretrain_llama.py --optimizer adadiag --run-dir "$RUN_DIR" --resume "$@"
+    "${job[@]}"

@@ -118,61 +118,91 @@ def find_rank(node: subprocess.Popen) -> int:
     raise AssertionError(f"process {node.pid} has no rank")
 
 
-def test_the_kubernetes_job_runs_a_launcher_on_all_its_nodes() -> None:
+# The fields that the job has of a TrainJob's (Kubeflow Trainer 2.2): a cluster refuses
+# unknown ones.
+FIELDS = {
+    "spec": {"runtimeRef", "trainer", "runtimePatches"},
+    "trainer": {
+        *("image", "command", "args", "env"),
+        *("numNodes", "numProcPerNode", "resourcesPerNode"),
+    },
+    "pod": {"volumes", "containers", "terminationGracePeriodSeconds"},
+    "container": {"name", "volumeMounts"},
+}
+
+
+def read_kubernetes_job() -> dict[str, Any]:
     yaml = pytest.importorskip("yaml", reason="no YAML parser in this environment")
-    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    assert set(replicas) == {"Master", "Worker"}
-    assert replicas["Master"]["replicas"] == 1
-    assert {spec["restartPolicy"] for spec in replicas.values()} == {"OnFailure"}
-    for spec in replicas.values():
-        pod = spec["template"]["spec"]
-        (container,) = pod["containers"]
-        assert container["name"] == "pytorch"
-        variables = {item["name"]: item["value"] for item in container["env"]}
-        assert int(variables["NNODES"]) == sum(s["replicas"] for s in replicas.values())
-        assert (
-            int(variables["RANKS"])
-            == container["resources"]["limits"]["nvidia.com/gpu"]
-        )
-        mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
-        assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
-        assert variables["RUN_DIR"].startswith(mounts["shared"])
-        assert settings.parse(container["args"]).model == "60m"
+    return yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
+
+
+def test_the_kubernetes_job_is_a_trainjob() -> None:
+    job = read_kubernetes_job()
+    assert job["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
+    assert job["kind"] == "TrainJob"
+    spec = job["spec"]
+    assert spec["runtimeRef"] == {"name": "torch-distributed"}
+    trainer = spec["trainer"]
+    assert spec.keys() == FIELDS["spec"]
+    assert trainer.keys() == FIELDS["trainer"]
+    assert isinstance(trainer["numNodes"], int)
+    gpus = trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert trainer["numProcPerNode"] == gpus
+    (patch,) = spec["runtimePatches"]
+    assert patch.keys() == {"manager", "trainingRuntimeSpec"}
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    # The names are the runtime's.
+    assert node["name"] == container["name"] == "node"
+    assert pod.keys() == FIELDS["pod"]
+    assert container.keys() == FIELDS["container"]
+    mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    variables = {item["name"]: item["value"] for item in trainer["env"]}
+    # These are Trainer's own to set.
+    assert not any(name.startswith("PET_") for name in variables)
+    assert all(isinstance(value, str) for value in variables.values())
+    assert variables["RUN_DIR"].startswith(mounts["shared"])
+    assert settings.parse(trainer["args"]).model == "60m"
 
 
 def test_the_kubernetes_command_starts_torchrun(tmp_path: Path) -> None:
-    """With what the operator sets; a stand-in for torchrun prints its arguments."""
-    yaml = pytest.importorskip("yaml", reason="no YAML parser in this environment")
-    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
-    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    container = worker["containers"][0]
-    activate = tmp_path / "bin/activate"
-    activate.parent.mkdir()
-    activate.write_text(f'PATH="{tmp_path}:$PATH"\n')
-    (tmp_path / "torchrun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
+    """With what Trainer sets; a stand-in for Python prints its arguments."""
+    trainer = read_kubernetes_job()["spec"]["trainer"]
+    script = "/sharded_adadiag/launch/torchrun_static.sh"
+    command = [
+        part.replace(script, str(ROOT / script[17:])) for part in trainer["command"]
+    ]
+    assert command != trainer["command"]
+    env = {
+        **os.environ,
+        **{item["name"]: item["value"] for item in trainer["env"]},
+        **{"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8"},
+        **{"PET_MASTER_ADDR": "adadiag-node-0-0.adadiag", "PET_MASTER_PORT": "29400"},
+        "SHARDED_ADADIAG_PYTHON_ENV": str(stand_in(tmp_path, "python")),
+    }
     done = subprocess.run(
-        [*container["command"], *container["args"]],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            **{item["name"]: item["value"] for item in container["env"]},
-            **{"MASTER_ADDR": "adadiag-master-0", "MASTER_PORT": "23456", "RANK": "1"},
-            "SHARDED_ADADIAG_PYTHON_ENV": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
+        [*command, *trainer["args"]], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     arguments = done.stdout.splitlines()
     for expected in (
         *("--nnodes=2", "--node-rank=1", "--nproc-per-node=8", "--resume"),
-        *("--master-addr=adadiag-master-0", "--master-port=23456", "/shared/runs/60m"),
-        *container["args"],
+        *("--master-addr=adadiag-node-0-0.adadiag", "--master-port=29400"),
+        *("examples/pretrain_llama.py", "/shared/runs/60m", *trainer["args"]),
     ):
         assert expected in arguments
+
+
+def stand_in(folder: Path, name: str) -> Path:
+    """An environment with a program that prints its arguments."""
+    activate = folder / "bin/activate"
+    activate.parent.mkdir()
+    activate.write_text(f'PATH="{folder}:$PATH"\n')
+    (folder / name).write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (folder / name).chmod(0o755)
+    return folder
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -192,6 +222,7 @@ def test_scripts_are_bash(script: Path) -> None:
 def test_a_missing_variable_is_named(script: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "RUN_DIR"}
     env |= {"MASTER_ADDR": "node-0", "HOST": "node-0", "NODE_RANK": "0"}
+    env["HOSTFILE"] = "hosts"
     done = subprocess.run(
         ["bash", f"launch/{script}"], cwd=ROOT, env=env, capture_output=True, text=True
     )
@@ -210,11 +241,7 @@ def test_the_hostfile_goes_to_deepspeeds_launcher(
     where: dict[str, str], expected: list[str], tmp_path: Path
 ) -> None:
     """A stand-in for `deepspeed` prints its arguments."""
-    activate = tmp_path / "bin/activate"
-    activate.parent.mkdir()
-    activate.write_text(f'PATH="{tmp_path}:$PATH"\n')
-    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "deepspeed").chmod(0o755)
+    stand_in(tmp_path, "deepspeed")
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=1\nb slots=1\n")
     env = {**os.environ, **where, "SHARDED_ADADIAG_PYTHON_ENV": str(tmp_path)}
@@ -234,6 +261,26 @@ def test_the_hostfile_goes_to_deepspeeds_launcher(
     config = arguments[arguments.index("--deepspeed_config") + 1]
     assert (ROOT / config).is_file()
     assert arguments[-4:] == [str(tmp_path / "run"), "--resume", "--steps", "7"]
+
+
+def test_deepspeed_runs_a_script_of_yours_that_knows_the_optimizers(
+    tmp_path: Path,
+) -> None:
+    hosts, script = tmp_path / "hosts", tmp_path / "mine.py"
+    hosts.write_text("a slots=1\n")
+    script.touch()
+    env = {**os.environ, "HOSTFILE": str(hosts)}
+    env["SHARDED_ADADIAG_PYTHON_ENV"] = str(stand_in(tmp_path, "deepspeed"))
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/deepspeed_hostfile.sh"), "mine.py", "--lr", "1"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = ["--module", "sharded_adadiag.run", str(script), "--lr", "1"]
+    assert done.stdout.splitlines()[-5:] == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

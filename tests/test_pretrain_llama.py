@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,7 @@ import corpus  # noqa: E402
 import metrics  # noqa: E402
 import optimizers  # noqa: E402
 import settings  # noqa: E402
+import summary  # noqa: E402
 
 PROSE = "It was the best of times,\n\tit was the worst of times \u2014 na\u00efve.\n"
 
@@ -316,3 +319,79 @@ def test_a_continued_run_forgets_the_lines_after_its_checkpoint(tmp_path: Path) 
     path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
     metrics.drop_lines_after(path, 3)
     assert [line["step"] for line in metrics.read_lines(path)] == [1, 2, 3]
+
+
+# ----------------------------------------------------------------- summary
+
+
+def curve(refresh_every: int | None = None) -> summary.Curve:
+    """Two tokens a second, then four; half of the time in the optimizer, then none."""
+    lines = [
+        {"step": 2, "loss": 5.0, "tokens": 8, "val_loss": None},
+        {"step": 4, "loss": 4.0, "tokens": 16, "val_loss": 4.5},
+    ]
+    lines[0] |= {"tokens_per_s": 2.0, "optimizer_share": 0.5}
+    lines[1] |= {"tokens_per_s": 4.0, "optimizer_share": 0.0}
+    return summary.Curve("name", lines, refresh_every)
+
+
+def test_a_curve_knows_its_seconds_its_optimizer_and_its_refreshes() -> None:
+    assert curve().seconds() == [4.0, 6.0]
+    assert curve().optimizer_share() == pytest.approx(1 / 3)
+    assert curve().refreshes() == []
+    assert curve(3).refreshes() == [1, 4]
+    assert curve().validated() == [1]
+
+
+def test_adamws_states_are_two_tensors_like_each_parameter_and_its_counters() -> None:
+    model = torch.nn.Linear(3, 4)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW([model.weight])
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert optimizers.adamw_bytes(model) == 2 * 12 * 4
+    assert optimizers.state_bytes(optimizer) == 2 * 12 * 4 + 4
+
+
+def test_the_compared_settings_differ_in_the_optimizer_alone() -> None:
+    first = settings.parse(["--model", "tiny", "--compare", "adamw", "--basis", "eigh"])
+    other = first.compared(Path("here"))
+    assert (other.optimizer, other.run_dir, other.compare) == (
+        "adamw",
+        "here/adamw",
+        None,
+    )
+    assert {name.split()[0] for name in other.differences(vars(first))} == {
+        "--optimizer",
+        "--refresh-every",
+        "--basis",
+    }
+    back = settings.parse(["--optimizer", "adamw", "--compare", "adadiag"])
+    assert back.compared(Path("here")).refresh_every == 20
+
+
+@pytest.mark.multiprocess
+def test_two_optimizers_are_compared_on_the_same_data(tmp_path: Path) -> None:
+    """And the same command goes on where one was interrupted."""
+    run_dir = tmp_path / "run"
+    flags = ["--optimizer", "adadiag", "--refresh-every", "2", "--compare", "adamw"]
+    output = runs.run(1, run_dir, *flags)
+    assert output.count("rotated: ") == 2  # "rotated", "not rotated": once
+    assert output.index("not rotated: ") < output.index("writing to")
+    assert output.count("optimizer:   ") == 2
+    ours, adamw = (runs.read_results(d) for d in (run_dir, run_dir / "adamw"))
+    assert ours[0]["loss"] == adamw[0]["loss"]  # the same weights, the same batch
+    assert ours[-1]["loss"] != adamw[-1]["loss"]
+    assert (run_dir / "compare.png").read_bytes().startswith(b"\x89PNG")
+    table = [line.split() for line in output.splitlines()[-3:-1]]
+    for row, name, results in zip(table, ("adadiag,", "adamw,"), (ours, adamw)):
+        assert row[:4] == [name, "lr", "0.003", f"{results[-1]['val_loss']:.4f}"]
+    assert table[1][-1] == "1.00" and float(table[0][-1]) > 1.0
+
+    shutil.rmtree(run_dir / "adamw/checkpoints" / f"step-{runs.STEPS}")
+    (run_dir / "compare.png").unlink()
+    output = runs.run(1, run_dir, *flags, "--resume")
+    assert f"continuing from {run_dir}/adamw/checkpoints/step-3" in output
+    assert (run_dir / "compare.png").exists()
+    assert runs.read_results(run_dir) == ours
+    assert runs.read_results(run_dir / "adamw") == adamw

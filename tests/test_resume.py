@@ -216,7 +216,8 @@ def adamw_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adadiag_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bases of step 3 serve step 4; step 5 makes new ones."""
     folder = tmp_path_factory.mktemp("adadiag") / "whole"
-    run(2, folder, *ROTATED)
+    output = run(2, folder, *ROTATED)
+    assert output.count("not rotated: ") == 1  # said by one rank
     return folder
 
 

@@ -34,8 +34,9 @@ import ranks
 import starting
 from batches import Batches, BatchShape, prepare_data, validation_batches
 from llama import build_model, token_loss, validation_loss
-from metrics import Line, Metrics, Stopwatch, report
+from metrics import Line, Metrics, Stopwatch
 from settings import Settings
+from summary import report
 from torch import Tensor
 
 import sharded_adadiag  # noqa: F401 - makes "AdaDiag" known to DeepSpeed
