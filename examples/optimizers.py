@@ -39,13 +39,18 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     for name in ("betas", "eps", *ROTATION_FLAGS):
         if getattr(settings, name) is not None:
             options[name] = getattr(settings, name)
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "adamw" and settings.plain_lr is None:
         return torch.optim.AdamW(list(model.named_parameters()), **options)
     import sharded_adadiag
 
-    name, sides = _OURS[settings.optimizer]
     with _shown(settings.rotates):
         groups = sharded_adadiag.param_groups(model)
+    for group in groups:
+        if settings.plain_lr is not None and not group["rotate"]:
+            group["lr"] = settings.plain_lr
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    name, sides = _OURS[settings.optimizer]
     return getattr(sharded_adadiag, name)(groups, sides=sides, **options)
 
 

@@ -114,6 +114,11 @@ class Settings:
         choices=tuple(DEFAULT_LR),
     )
     lr: float = _option(None, "peak learning rate (default: 3e-3)", type=float)
+    plain_lr: float | None = _option(
+        None,
+        "peak learning rate of embeddings, head and 1-D parameters (default: --lr)",
+        type=float,
+    )
     betas: tuple[float, float] | None = _option(
         None, "decay of the moments (default: the optimizer's)", type=float, nargs=2
     )

@@ -7,14 +7,22 @@ from sharded_adadiag.checkpoint.portable import (
 )
 from sharded_adadiag.grouping import param_groups
 from sharded_adadiag.integrations.registration import register
-from sharded_adadiag.optimizer import AdaDiag, AdafacDiag, HfacDiag
+from sharded_adadiag.optimizer import (
+    AdaDiag,
+    AdafacDiag,
+    HfacDiag,
+    RotatedOptimizer,
+)
 from sharded_adadiag.report import Report
+
+__version__ = "0.2.0.dev0"  # the only place that says it
 
 __all__ = [
     "AdaDiag",
     "AdafacDiag",
     "HfacDiag",
     "Report",
+    "RotatedOptimizer",
     "load_portable_state_dict",
     "named_state_dict",
     "param_groups",

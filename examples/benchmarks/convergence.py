@@ -5,7 +5,8 @@
 
 One seed chooses the learning rate of each optimizer from the grid of the paper; the
 chosen one is then run with all seeds. What follows `--` goes to every run of
-`pretrain_llama.py`; flags of one optimizer alone are written behind its name, in
+`pretrain_llama.py`; `muon` and `soap` run it through rivals.py, on one rank. Flags of
+one optimizer alone are written behind its name, in
 quotes: "adadiag --refresh-every 20". Results are appended to OUT/results.jsonl as runs
 end. Ctrl-C stops; the same command continues, and repeats no run that has a result.
 """
@@ -36,6 +37,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_llama.py"
+RIVALS = {"muon", "soap"}  # what rivals.py can put in AdaDiag's place
 GRID = (0.003, 0.001, 0.0003, 0.0001)
 INTERRUPTED = 130  # exit code of pretrain_llama.py when it was asked to stop
 
@@ -58,8 +60,11 @@ class Job:
 
     def command(self, run_dir: Path) -> list[str]:
         name, *own = shlex.split(self.optimizer)
+        program = [str(SCRIPT), "--optimizer", name]
+        if name in RIVALS:
+            program = [str(Path(__file__).with_name("rivals.py")), name]
         return [
-            *(sys.executable, str(SCRIPT), "--optimizer", name, *self.flags, *own),
+            *(sys.executable, *program, *self.flags, *own),
             *("--lr", repr(self.lr), "--seed", str(self.seed)),
             *("--run-dir", str(run_dir)),
         ]
@@ -273,35 +278,47 @@ def grid_table(searched: dict[str, list[Result]], seed: int) -> str:
 
 
 def plot(chosen: dict[str, list[Result]], path: Path) -> None:
-    """The validation loss by step: mean over the seeds, and one standard deviation."""
+    """The validation loss by step: mean over the seeds, and one standard deviation.
+
+    The whole run on the left; on the right its last part, where the curves are close.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for optimizer, results in chosen.items():
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    whole, end = figure.subplots(1, 2, width_ratios=(3, 2))
+    finals = []
+    for index, (optimizer, results) in enumerate(chosen.items()):
         curves = [dict(result.curve) for result in results if result.loss < math.inf]
         if not curves:
             continue
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.fmean(curve[s] for curve in curves) for s in steps]
-        label = f"{optimizer}, lr {results[0].job.lr:g}"
-        (line,) = axes.plot(steps, means, label=label, marker=".")
+        spreads = [0.0] * len(steps)
         if len(curves) > 1:
             spreads = [statistics.stdev(curve[s] for curve in curves) for s in steps]
+        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+        color, marker = f"C{index}", "osDv^P"[index % 6]
+        label = f"{means[-1]:.3f}  {optimizer}, lr {results[0].job.lr:g}"
+        last = sum(step < 0.6 * steps[-1] for step in steps)
+        for axes, first in ((whole, 0), (end, last)):
+            shown = slice(first, None)
+            (line,) = axes.plot(steps[shown], means[shown], color=color, label=label)
+            line.set(marker=marker, markersize=4)
             axes.fill_between(
-                steps,
-                [mean - spread for mean, spread in zip(means, spreads, strict=True)],
-                [mean + spread for mean, spread in zip(means, spreads, strict=True)],
-                alpha=0.2,
-                color=line.get_color(),
-                linewidth=0,
+                steps[shown], low[shown], high[shown], alpha=0.15, color=color, lw=0
             )
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, dpi=150)
+        finals.append((means[-1], line))
+    for axes in (whole, end):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    whole.set_xlim(left=0)
+    whole.set_ylabel("validation loss (nats per token)")
+    if finals:  # the legend has the order of the curves' ends
+        lines = [line for _, line in sorted(finals, key=lambda f: -f[0])]
+        whole.legend(handles=lines, title="at the end", frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def machine(args: argparse.Namespace) -> str:
