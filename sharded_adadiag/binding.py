@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from sharded_adadiag.algorithm.state import Method
 from sharded_adadiag.checkpoint.flat import FlatStates
+from sharded_adadiag.checkpoint.logical import LogicalState
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.engine import Engine
 from sharded_adadiag.entry import Entry
@@ -43,6 +45,11 @@ class Binding:
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         process_group: What the user passed, or None.
         exclusion: Which parameters are not rotated because of their names.
+
+    Attributes:
+        kept: The saved form of the states of parameters that were frozen when it was
+            loaded.
+        skipped_steps: Steps skipped for a non-finite gradient.
     """
 
     def __init__(
@@ -59,6 +66,8 @@ class Binding:
         self.process_group = process_group
         self.exclusion = exclusion
         self.originals = zero.Originals()
+        self.kept: dict[Tensor, dict[str, Any]] = {}
+        self.skipped_steps = 0
         self.forget()
 
     def forget(self) -> None:
@@ -72,10 +81,13 @@ class Binding:
         self._params: list[Tensor] = []
         self.flats = FlatStates(self.optimizer)
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that the engine skipped for a non-finite gradient."""
-        return 0 if self._engine is None else self._engine.agreement.skipped_steps
+    def states(self) -> list[dict[str, Any]]:
+        """The states of all parameters, as they are held; users may add other keys."""
+        live = self.optimizer.state.items()
+        return [
+            *(state for key, state in live if isinstance(key, Tensor)),
+            *self.kept.values(),
+        ]
 
     def prepared(self, *, together: bool = False) -> Engine:
         """Plan what is new, which is a collective if anything is.
@@ -109,11 +121,15 @@ class Binding:
         """
         engine = self._engine
         if engine is None or engine.comm.size == 1 or self.flats:
-            self.prepared(together=True).step()
-            return
-        self._follow_edits()
-        if not engine.step(new=self._has_new()):
-            self._plan_new(together=True).step()
+            engine = self.prepared(together=True)
+            engine.step()
+        else:
+            self._follow_edits()
+            if not engine.step(new=self._has_new()):
+                self._plan_new(together=True).step()
+        # Counted here, because a load makes a new engine.
+        self.skipped_steps += engine.agreement.skipped_steps
+        engine.agreement.skipped_steps = 0
 
     def save_state(self) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of every tensor in the groups; a collective."""
@@ -125,30 +141,63 @@ class Binding:
             for param, entries in self._planned.items()
             for entry in entries
         }
-        return {
+        planned = {
             params[id(engine.entries[i])]: state
             for i, state in engine.save_state().items()
         }
+        return {**planned, **self.kept}
 
-    def load_state(self, saved: dict[int, dict[str, Any]]) -> None:
-        """Put a saved state where the plan wants it; a collective.
+    def load_state(
+        self, saved: dict[Tensor, dict[str, Any]], held: Iterable[Tensor] = ()
+    ) -> None:
+        """Put a saved state where the plan wants it; a collective unless it is empty.
 
         Args:
-            saved: By position of the tensor in the groups.
+            saved: By tensor in the groups.
+            held: The tensors that had a state before.
         """
-        engine = self.prepared()
-        groups = self.optimizer.param_groups
-        params = [p for group in groups for p in group["params"]]
-        known = {p: saved[i] for i, p in enumerate(params) if i in saved}
-        if self.flats:
-            self.flats.load(engine, known)
+        lost = {*held, *self.kept} - set(saved)
+        self.kept = {}
+        if not saved:
             return
+        engine = self.prepared()
+        if self.flats:
+            self.flats.load(engine, saved)
+            return
+        engine.load_state(self._by_place(engine, saved))
+        logical = LogicalState(engine.comm, engine.device)
+        self.kept = {
+            param: {key: logical.keep(value) for key, value in state.items()}
+            for param, state in saved.items()
+            if param not in self._planned
+        }
+        for group in self.optimizer.param_groups:
+            for name, param, _ in self.originals.current(group):
+                if param in lost and param not in self._planned:
+                    warnings.warn(
+                        f"{name}: it is frozen and the loaded state has nothing of it "
+                        "(torch's set_optimizer_state_dict leaves frozen parameters "
+                        "out); its state was dropped",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+
+    def _by_place(
+        self, engine: Engine, saved: dict[Tensor, dict[str, Any]]
+    ) -> dict[int, dict[str, Any]]:
+        """The states of planned parameters by position in the engine."""
         place = {id(entry): i for i, entry in enumerate(engine.entries)}
-        engine.load_state({
+        return {
             place[id(entry)]: state
-            for param, state in known.items()
+            for param, state in saved.items()
             for entry in self._planned.get(param, ())
-        })
+        }
+
+    def _use_kept(self, engine: Engine) -> None:
+        """Load what was kept of parameters that are trained by now; a collective."""
+        thawed = {p: self.kept.pop(p) for p in list(self.kept) if p in self._planned}
+        if thawed:
+            engine.load_state(self._by_place(engine, thawed), partial=True)
 
     def _has_new(self) -> bool:
         return any(is_trained(param) for param in self._waiting)
@@ -207,6 +256,7 @@ class Binding:
             self._plan(engine, batch, error)
         self._waiting = [p for p in self._params if p not in self._planned]
         engine.allocate()
+        self._use_kept(engine)
         return engine
 
     def _found(self) -> list[_Found]:

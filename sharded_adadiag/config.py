@@ -104,6 +104,8 @@ class Options:
         lr = own.get("lr")
         if isinstance(lr, Tensor) and lr.numel() == 1:
             own["lr"] = float(lr)  # once a step: on a GPU the host waits for it
+        for name in DTYPE_OPTIONS & set(own):
+            own[name] = as_dtype(own[name])
         return cls(**own)
 
 
@@ -125,8 +127,16 @@ def as_number(value: Any) -> Any:
     return value.item() if scalar and not isinstance(value, Tensor) else value
 
 
+def name_dtypes(group: dict[str, Any]) -> None:
+    """Make dtypes their names, in place: torch's state-dict helpers carry no dtypes."""
+    for key in DTYPE_OPTIONS & set(group):
+        value = as_dtype(group[key])
+        if isinstance(value, torch.dtype):
+            group[key] = str(value).removeprefix("torch.")
+
+
 def as_dtype(value: Any) -> Any:
-    """A dtype by its name in torch, as a config file gives it, or what was given."""
+    """A dtype by its name in torch, as a group keeps it, or what was given."""
     name = value.removeprefix("torch.") if isinstance(value, str) else ""
     found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) else value

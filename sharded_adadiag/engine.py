@@ -148,13 +148,16 @@ class Engine:
         """
         return SavedState(self).save()
 
-    def load_state(self, saved: dict[int, dict[str, Any]]) -> None:
+    def load_state(
+        self, saved: dict[int, dict[str, Any]], *, partial: bool = False
+    ) -> None:
         """Take over a logical state; a collective.
 
         Args:
             saved: By position of the parameter.
+            partial: Others shall stay as they are.
         """
-        SavedState(self).load(saved)
+        SavedState(self).load(saved, partial=partial)
         self.mark_loaded()
 
     def mark_loaded(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
@@ -14,14 +13,14 @@ from torch.optim import Optimizer
 from sharded_adadiag.admission import admit, warn_of_unsorted
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Method
 from sharded_adadiag.binding import Binding
+from sharded_adadiag.checkpoint.hooks import FORMAT_VERSION, loading, saving
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.config import (
     DISTRIBUTIONS,
-    DTYPE_OPTIONS,
     OPTION_NAMES,
     Options,
-    as_dtype,
     as_number,
+    name_dtypes,
 )
 from sharded_adadiag.exclusion import Exclusion
 from sharded_adadiag.integrations.callers import (
@@ -30,12 +29,8 @@ from sharded_adadiag.integrations.callers import (
 )
 from sharded_adadiag.integrations.parameters import local
 from sharded_adadiag.integrations.registration import admit_to_zero
-from sharded_adadiag.publication import check_parameter, match_saved, names
+from sharded_adadiag.publication import check_parameter, names
 from sharded_adadiag.report import Report
-
-# Of the saved form. It is a key of the param groups, because that is all of a state
-# dict that torch.distributed.checkpoint keeps besides the states.
-FORMAT_VERSION = 1
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -130,13 +125,11 @@ class RotatedOptimizer(Optimizer):
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
         defaults = {name: as_number(value) for name, value in defaults.items()}
-        for name in DTYPE_OPTIONS:
-            defaults[name] = as_dtype(defaults[name])
         Options.from_group(defaults)
+        name_dtypes(defaults)
         self._binding = Binding(
             self, self.method, distribution, process_group, Exclusion(exclude)
         )
-        self._loading: dict[int, dict[str, Any]] | None = None
         self._told: set[str] = set()
         groups: Any = params if isinstance(params, Tensor) else list(params)
         unsorted = [not (isinstance(g, dict) and "rotate" in g) for g in groups]
@@ -173,8 +166,7 @@ class RotatedOptimizer(Optimizer):
             admit(param_group, self.defaults, self._told, self.method)
             param_group.setdefault("rotate", True)
             param_group["format_version"] = FORMAT_VERSION
-            for name in DTYPE_OPTIONS & set(param_group):
-                param_group[name] = as_dtype(param_group[name])
+            name_dtypes(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -247,7 +239,7 @@ class RotatedOptimizer(Optimizer):
         self._binding.prepared()
         return sum(
             local(value).nbytes
-            for state in self.state.values()
+            for state in self._binding.states()
             for value in state.values()
             if isinstance(value, Tensor)
         )
@@ -263,54 +255,40 @@ class RotatedOptimizer(Optimizer):
         Returns:
             As in torch: ``state`` by position of the parameter, and ``param_groups``.
         """
-        live = self.state
-        if not live:
+        with saving(self, self._binding):
             return super().state_dict()
-        try:
-            self.state = defaultdict(dict, self._binding.save_state())
-            return super().state_dict()
-        finally:
-            self.state = live
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, on any layout and number of ranks.
 
-        Tensors may be full ones or DTensors of any placement. No state changes its
-        dtype, other than to the one this optimizer keeps. A rotation that is missing
-        is taken for the identity; if another state is missing the parameter starts
-        afresh; both, and keys that are unknown, are warned of. Call it on every rank.
+        Parameters are matched by name if both sides have the same names (string keys
+        are names), however they are ordered and grouped, else by position. Tensors may
+        be full ones or DTensors of any placement. No state changes its dtype, other
+        than to the one this optimizer keeps. A rotation that is missing is taken for
+        the identity; if another state is missing the parameter starts afresh; both,
+        and keys that are unknown, are warned of. The state of a frozen parameter is
+        kept, saved again, and used when it is trained. Call it on every rank.
 
         Args:
-            state_dict: From any optimizer with the same parameters.
+            state_dict: From any optimizer with the same parameters. Options that its
+                groups lack stay as they are.
 
         Raises:
-            ValueError: If groups do not match (as in torch), a state tensor has a
-                wrong shape (it names the parameter and both shapes), or a newer
-                version wrote it.
+            ValueError: If groups do not match (as in torch), an option is invalid, a
+                newer version wrote it (nothing has changed then), or a state tensor
+                has a wrong shape (it names the parameter and both shapes).
         """
-        for group in state_dict["param_groups"]:
-            written = group.get("format_version", FORMAT_VERSION)
-            if written > FORMAT_VERSION:
-                raise ValueError(
-                    f"the state has format {written}, this version reads up to "
-                    f"{FORMAT_VERSION}; load it with the newer sharded_adadiag"
-                )
-        # torch would cast every state to its parameter's dtype, so it is given the
-        # groups alone; __setstate__ takes over the state, in time for the hooks.
-        saved = state_dict["state"]
-        keys = match_saved(state_dict["param_groups"], self.param_groups)
-        self._loading = {i: saved[key] for i, key in enumerate(keys) if key in saved}
-        try:
-            super().load_state_dict({**state_dict, "state": {}})
-        finally:
-            self._loading = None
+        with loading(self, self._binding):
+            super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled, and the plan is made anew.
         binding = {
             "_distribution": self._binding.distribution,
             "_exclude": self._binding.exclusion.patterns,
+            "_kept": self._binding.kept,
+            "_skipped_steps": self._binding.skipped_steps,
         }
         return {**super().__getstate__(), **binding}
 
@@ -318,15 +296,16 @@ class RotatedOptimizer(Optimizer):
         state = dict(state)
         distribution = state.pop("_distribution", "")
         patterns = Exclusion(state.pop("_exclude", ()))
+        kept, skipped = state.pop("_kept", {}), state.pop("_skipped_steps", 0)
         old = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         # torch adds it for its own optimizers; here it is no option, and a saved form
         # with one key more after a load could not be read where there was no load.
         self.defaults.pop("differentiable", None)
-        self.__dict__.setdefault("_loading", None)
         self.__dict__.setdefault("_told", set())
         if "_binding" not in self.__dict__:  # unpickled or copied
             self._binding = Binding(self, self.method, distribution, None, patterns)
+            self._binding.kept, self._binding.skipped_steps = kept, skipped
             for group in self.param_groups:
                 self._binding.originals.note(group)
         self._binding.originals.follow(old, self.param_groups)
@@ -335,8 +314,7 @@ class RotatedOptimizer(Optimizer):
             for key, value in {**self.defaults, "rotate": True}.items():
                 group.setdefault(key, value)
             group["format_version"] = FORMAT_VERSION
-        if self._loading:
-            self._binding.load_state(self._loading)
+            name_dtypes(group)
 
 
 class AdaDiag(RotatedOptimizer):

@@ -36,28 +36,6 @@ def names(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[str]:
     return [f"parameter {before + i}" for i in range(len(group["params"]))]
 
 
-def match_saved(saved: list[dict[str, Any]], live: list[dict[str, Any]]) -> list[Any]:
-    """Which saved state belongs to which parameter.
-
-    Args:
-        saved: The groups of a state dict: ``params`` are the keys of its states
-            (positions, or names).
-        live: The groups of the optimizer.
-
-    Returns:
-        The key of each parameter: by name if both sides have the same names, else
-        by position, as in torch.
-    """
-    keys = [key for group in saved for key in group["params"]]
-    old = [name for group in saved for name in group.get("param_names", ())]
-    old = old or [key for key in keys if isinstance(key, str)]
-    new = [name for group in live for name in group.get("param_names", ())]
-    if len(old) == len(keys) and sorted(old) == sorted(new):
-        place = dict(zip(old, keys))
-        return [place[name] for name in new]
-    return keys
-
-
 def is_trained(param: Tensor) -> bool:
     """As in torch.optim, a parameter without requires_grad may have a gradient."""
     return param.requires_grad or param.grad is not None

@@ -59,13 +59,20 @@ class SavedState:
             saved[i][tensor.key] = value
         return saved
 
-    def load(self, saved: dict[int, dict[str, Any]]) -> None:
+    def load(self, saved: dict[int, dict[str, Any]], *, partial: bool = False) -> None:
         """Take over a logical state; a collective.
 
         Args:
             saved: By position of the parameter.
+            partial: It need not have every parameter.
         """
-        for i in set(self.members if saved else ()) - set(saved):
+        # From a flattened checkpoint torch makes empty dicts of keys that it lacks.
+        saved = {
+            i: {key: value for key, value in values.items() if not _is_empty(value)}
+            for i, values in saved.items()
+        }
+        everyone = self.members if saved and not partial else ()
+        for i in sorted(set(everyone) - set(saved)):
             name = self.engine.entries[i].facts.name
             _warn(f"{name}: the loaded state has nothing of it; starts anew")
         wanted: list[tuple[int, StateTensor]] = []
@@ -201,6 +208,10 @@ class SavedState:
         rotation = key.startswith("rotation")
         dtype: torch.dtype = m.rotation_dtype if rotation else m.moment_dtype
         return StateTensor(m.matrix.name, key, shape, *view, layout, dtype)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
 
 
 def _warn(message: str) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_adadiag import AdaDiag, param_groups
-from sharded_adadiag.optimizer import FORMAT_VERSION
+from sharded_adadiag.checkpoint.hooks import FORMAT_VERSION
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_processes
 from sharded_adadiag.testing.reference import ReferenceOptimizer

@@ -44,11 +44,13 @@ def rigid(rank: int, world_size: int, cells: list[Cell], folder: str) -> dict[st
         place = str(Path(folder) / f"{i}")
         model, engine = build(cell, deepspeed)
         advance(engine, cell, range(HALF))
+        engine.basic_optimizer._binding.skipped_steps = 2
         engine.save_checkpoint(place)
         advance(engine, cell, range(HALF, END))
         whole = full_weights(model, deepspeed)
         model, engine = build(cell, deepspeed)
         engine.load_checkpoint(place)
+        assert engine.basic_optimizer.skipped_steps == 2, cell.name
         advance(engine, cell, range(HALF, END))
         results[cell.name] = whole, full_weights(model, deepspeed)
     return results
@@ -81,6 +83,7 @@ def save_portable(rank: int, world_size: int, cell: Cell, folder: str) -> None:
     deepspeed = start_deepspeed(rank, world_size)
     _, engine = build(cell, deepspeed)
     advance(engine, cell, range(HALF))
+    engine.basic_optimizer._binding.skipped_steps = 2
     dcp.save(portable_state_dict(engine), checkpoint_id=folder)
 
 
@@ -95,7 +98,13 @@ def load_portable(
                 param.data.zero_()
     state = portable_state_dict(engine)
     dcp.load(state, checkpoint_id=folder)
-    load_portable_state_dict(engine, state)
+    state["optimizer"]["state"]["frozen"] = {"step": torch.tensor(1.0)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_portable_state_dict(engine, state)
+    said = [str(w.message) for w in caught if "state was dropped" in str(w.message)]
+    assert said == ["frozen: the engine does not train it; its state was dropped"]
+    assert engine.basic_optimizer.skipped_steps == 2
     advance(engine, cell, range(HALF, END))
     return full_weights(model, deepspeed)
 
@@ -118,6 +127,8 @@ def fsdp2(rank: int, world_size: int, folder: str, *, load: bool) -> dict[str, T
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        assert opt.skipped_steps == 2
+    opt._binding.skipped_steps = 2
     share = BATCH // world_size
     rows = slice(rank * share, (rank + 1) * share)
     for step in range(HALF, END) if load else range(HALF):

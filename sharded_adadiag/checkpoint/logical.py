@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sharded_adadiag.comm.collectives import Communicator, ProcessGroup
 from sharded_adadiag.comm.exchange import Exchange
@@ -155,6 +156,19 @@ class LogicalState:
                 for i, piece in zip(some, moved)
             )
         return local
+
+    def keep(self, value: Any) -> Any:
+        """A saved value for later: a copy of this rank's share; no communication."""
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, DTensor):
+            return value.detach().clone()
+        if self.comm.size == 1 or value.dim() == 0:
+            return value.detach().to(self.device, copy=True)
+        placement = [Shard(0)]
+        return distribute_tensor(
+            value.detach().to(self.device), self.mesh, placement, src_data_rank=None
+        ).clone()
 
     def _move(
         self, tensors: Sequence[StateTensor], pieces: Sequence[Tensor], *, back: bool

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.tensor import DTensor
+
 if TYPE_CHECKING:
     from sharded_adadiag.optimizer import RotatedOptimizer
 
 
-def named_state_dict(optimizer: RotatedOptimizer) -> dict[str, Any]:
+def named_state_dict(
+    optimizer: RotatedOptimizer, *, full_state_dict: bool = False
+) -> dict[str, Any]:
     """What ``get_optimizer_state_dict`` of torch gives, also for FSDP1.
 
     For FSDP1 torch's helper refuses every state that is not shaped like the flat
@@ -18,6 +22,8 @@ def named_state_dict(optimizer: RotatedOptimizer) -> dict[str, Any]:
 
     Args:
         optimizer: Made of named parameters, as ``param_groups`` gives them.
+        full_state_dict: Give every rank plain full tensors, for ``torch.save``, instead
+            of DTensors sharded by rows.
 
     Returns:
         ``state`` by parameter name and ``param_groups``.
@@ -37,7 +43,11 @@ def named_state_dict(optimizer: RotatedOptimizer) -> dict[str, Any]:
     for group in saved["param_groups"]:
         names |= dict(zip(group["params"], group["param_names"]))
         groups.append({**group, "params": group["param_names"]})
-    return {
-        "state": {names[i]: state for i, state in saved["state"].items()},
-        "param_groups": groups,
-    }
+    states = {names[i]: state for i, state in saved["state"].items()}
+    if full_state_dict:
+        states = {n: {k: _full(v) for k, v in s.items()} for n, s in states.items()}
+    return {"state": states, "param_groups": groups}
+
+
+def _full(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
+from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
 from sharded_adadiag.engine import Engine
 from sharded_adadiag.entry import Entry
@@ -77,6 +79,7 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
     """
     with _flats_at_hand(engine) as (optimizer, plan):
         weights, states = state_dict["model"], state_dict["optimizer"]["state"]
+        skipped = read_stamps(state_dict["optimizer"]["param_groups"])
         names = [entry.facts.name for entry in plan.entries]
         rest = _untrained_tensors(engine.module, names)
         missing = [name for name in [*names, *rest] if name not in weights]
@@ -90,6 +93,13 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
         plan.load_state({i: states[n] for i, n in enumerate(names) if n in states})
         for entry, piece in zip(plan.entries, pieces):
             entry.param.copy_(piece.view(entry.param.shape))
+        optimizer._binding.skipped_steps = skipped
+        for name in sorted(set(states) - set(names)):
+            warnings.warn(
+                f"{name}: the engine does not train it; its state was dropped",
+                UserWarning,
+                stacklevel=2,
+            )
         _publish_weights(engine, plan)
         _load_untrained(rest, weights)
 
@@ -134,6 +144,7 @@ def _groups(optimizer: RotatedOptimizer, plan: Engine) -> list[dict[str, Any]]:
     sorted_groups = []
     for group in optimizer.param_groups:
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        stamp(options, optimizer._binding)
         members: dict[bool, list[str]] = {True: [], False: []}
         for entry in plan.entries:
             if entry.group is group:
