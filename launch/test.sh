@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # An environment of yours is used only if it has every tool, in the versions wanted.
-. launch/environment.sh dev,examples dev,examples whole
+. launch/environment.sh dev,examples,clients dev,examples,clients whole
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy

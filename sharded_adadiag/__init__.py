@@ -5,6 +5,7 @@ from sharded_adadiag.checkpoint.portable import (
     load_portable_state_dict,
     portable_state_dict,
 )
+from sharded_adadiag.factory import model_factory
 from sharded_adadiag.grouping import param_groups
 from sharded_adadiag.integrations.registration import register
 from sharded_adadiag.optimizer import (
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "RotatedOptimizer",
     "load_portable_state_dict",
+    "model_factory",
     "named_state_dict",
     "param_groups",
     "portable_state_dict",
