@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -263,13 +263,16 @@ class Binding:
         """Every tensor in the groups that is trained and not planned."""
         found = []
         waiting = set(self._waiting)
+        names = self.originals.names(self._groups)
         for group in self._groups:
             if waiting.isdisjoint(group["params"]):
                 continue
             for name, param, usual in self.originals.current(group):
                 if param in waiting and is_trained(param):
                     flat = self.originals.is_flat(param, group)
-                    rotate = self._rotates(name, param.shape, usual)
+                    rotate = self.exclusion.rotates(
+                        name, param.shape, names, guess=usual
+                    )
                     found.append(_Found(name, param, group, rotate, flat))
         return found
 
@@ -325,11 +328,6 @@ class Binding:
                 self.flats.add(found.param, parts[found.param], range(first, last))
             first = last
 
-    def _rotates(self, name: str, shape: Sequence[int], guess: bool) -> bool:
-        """Whether a parameter's name (and shape, if DeepSpeed named it) lets it."""
-        names = set(self.originals.names(self._groups)) if guess else set[str]()
-        return self.exclusion.rotates(name, shape, names, guess=guess)
-
     def _pieces(
         self, found: _Found, parts: dict[Tensor, list[zero.Slice]]
     ) -> list[Piece]:
@@ -338,8 +336,11 @@ class Binding:
             return [piece(param, name, group, self.optimizer, rotate=rotate)]
         parts[param] = zero.slices(self.originals, param, group)
         guessed = {name: known for name, _, known in self.originals.named(group)}
+        names = self.originals.names(self._groups)
         rotates = {
-            part.name: self._rotates(part.name, part.shape, guessed[part.name])
+            part.name: self.exclusion.rotates(
+                part.name, part.shape, names, guess=guessed[part.name]
+            )
             for part in parts[param]
         }
         return zero.pieces(parts[param], param, group, self.optimizer, rotates)

@@ -371,15 +371,22 @@ class Engine:
 
 
 def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:
-    for matrix in matrices:
-        rows, cols = matrix.matrix.rows, matrix.matrix.cols
-        if matrix.rotated and max(rows, cols) > LOPSIDED * min(rows, cols):
-            logger.warning(
-                "%s: rotated as a %d x %d matrix, more than %d times as long as wide; "
-                "if it is a stack of matrices or a table, put it in a group with "
-                '"rotate": False',
-                matrix.matrix.name,
-                rows,
-                cols,
-                LOPSIDED,
-            )
+    lopsided = [
+        m
+        for m in matrices
+        if m.rotated
+        and max(m.matrix.rows, m.matrix.cols)
+        > LOPSIDED * min(m.matrix.rows, m.matrix.cols)
+    ]
+    if lopsided:
+        first = lopsided[0].matrix
+        logger.warning(
+            "%s: rotated as a %d x %d matrix, and %d more, over %d times as long as "
+            "wide; if it is a stack of matrices or a table, put it in a group with "
+            '"rotate": False',
+            first.name,
+            first.rows,
+            first.cols,
+            len(lopsided) - 1,
+            LOPSIDED,
+        )

@@ -1,7 +1,7 @@
 """Which parameters are rotated: the two param groups of a model.
 
 The decision is by module type wherever that tells. Names, which differ between model
-families, are asked for bare parameters and routers only; `exclusion` has the list.
+families, are asked where no type tells; `not_rotated` has the list.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # of all convolutions
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 
-from sharded_adadiag.exclusion import MATRIX, kind_by_module, kind_by_name, stack
 from sharded_adadiag.integrations.fsdp1 import remember
 from sharded_adadiag.integrations.fsdp2 import refuse_unsharded
 from sharded_adadiag.integrations.parameters import logical_shape
+from sharded_adadiag.not_rotated import (
+    HEAD,
+    MATRIX,
+    TYPES,
+    kind_by_module,
+    kind_by_name,
+)
 
 _LOGGER = logging.getLogger("sharded_adadiag")
 
@@ -35,12 +42,12 @@ Ancestors = tuple[nn.Module, ...]
 
 @dataclasses.dataclass(slots=True)
 class _Entry:
-    """One parameter: its names (several if tied) and its kind."""
+    """One parameter: its names (several if tied), its module and its kind."""
 
     names: list[str]
     param: nn.Parameter
+    owner: nn.Module
     kind: str = MATRIX  # or why it is not rotated
-    convolution: bool = False
 
 
 def param_groups(
@@ -53,7 +60,7 @@ def param_groups(
     are 1-D parameters, those of embeddings and norms, the output head, and what only
     looks like a matrix: biases of experts, routers, position tables, decays,
     depthwise convolutions, directions of a weight norm (the list is in
-    `sharded_adadiag.exclusion`). A parameter tied to an embedding is an embedding. Of
+    `sharded_adadiag.not_rotated`). A parameter tied to an embedding is an embedding. Of
     other parameters of three and more dimensions, such as stacked experts
     ``(E, out, in)``, none is rotated: one rotation of all would mix them.
 
@@ -157,10 +164,13 @@ def _walk(
 def _entries(model: nn.Module) -> dict[int, _Entry]:
     """Every parameter once, by id, in the order of named_parameters()."""
     entries: dict[int, _Entry] = {}
-    for prefix, module, _ in _walk(model):
+    for prefix, module, ancestors in _walk(model):
+        # The owner of a parametrized weight is beyond the dict of parametrizations.
+        inside = isinstance(module, ParametrizationList) and len(ancestors) > 1
+        owner = ancestors[-2] if inside else module
         own = module.named_parameters(recurse=False, remove_duplicate=False)
         for name, param in own:
-            entry = entries.setdefault(id(param), _Entry([], param))
+            entry = entries.setdefault(id(param), _Entry([], param, owner))
             entry.names.append(f"{prefix}.{name}" if prefix else name)
     return entries
 
@@ -212,22 +222,18 @@ def _mark_by_module(
 ) -> None:
     """Set the kind of what lies in (or is tied to) embeddings, norms and heads."""
     modules = [module for _, module, _ in _walk(model)]
-    for head in heads:
-        for param in head.parameters():
-            entries[id(param)].kind = "head"
-    for module in modules:
-        kind = kind_by_module(module)
-        # The later wins: a head tied to the embedding is an embedding.
-        for param in module.parameters() if kind else ():
-            entries[id(param)].kind = kind
-        if isinstance(module, _ConvNd):
-            for param in module.parameters(recurse=False):
-                entries[id(param)].convolution = True
+    marked = [(HEAD, heads)] + [
+        (kind, [m for m in modules if isinstance(m, what)]) for what, kind, _ in TYPES
+    ]
+    for kind, owners in marked:
+        for owner in owners:
+            for param in owner.parameters():
+                entries[id(param)].kind = kind
 
 
 def _mark_by_name_and_shape(entries: Collection[_Entry]) -> None:
     """Set the kind of what its module does not tell."""
-    names = {name for entry in entries for name in entry.names}
+    names = [name for entry in entries for name in entry.names]
     for entry in entries:
         if entry.kind != MATRIX:
             continue
@@ -235,10 +241,10 @@ def _mark_by_name_and_shape(entries: Collection[_Entry]) -> None:
         if min(_matrix_shape(entry.param)) <= 1:
             entry.kind = "1-D" if len(shape) < 2 else "a side of 1"
             continue
-        kinds = [kind_by_name(name, shape, names) for name in entry.names]
-        if len(shape) > 2 and not entry.convolution:
-            kinds.append(stack(shape))
-        entry.kind = next(filter(None, kinds), MATRIX)
+        usual = not isinstance(entry.owner, (nn.Linear, _ConvNd))
+        kinds = [kind_by_name(name, names, usual=usual) for name in entry.names]
+        kinds.append(kind_by_module(entry.owner, shape))
+        entry.kind = next((kind for kind in kinds if kind != MATRIX), MATRIX)
 
 
 def _mark_excluded(entries: dict[int, _Entry], pattern: str) -> bool:

@@ -54,7 +54,11 @@ def attempts(rank: int) -> dict[str, str]:
         "before a step": attempt(
             before_step, deepspeed, lambda m, e: e.optimizer.optimizer.describe()
         ),
-        "excluded": excluded(deepspeed),
+        "excluded": rotated(
+            Cell("", 2, options={"exclude": ["up.*"]}, model={"experts": True}),
+            deepspeed,
+        ),
+        "told by name": rotated(Cell("", 1, model={"experts": True}), deepspeed),
         "planned": attempt(Cell("", 1), deepspeed, edit("sides", "two", rank)),
         "steering": attempt(Cell("", 3), deepspeed, edit("refresh_every", 2, rank)),
         "live": attempt(Cell("", 3), deepspeed, edit("weight_decay", 0.0, 0)),
@@ -73,8 +77,8 @@ def edit(option: str, value: Any, rank: int) -> Callable[[Any, Any], None]:
     return poke
 
 
-def excluded(deepspeed: Any) -> str:
-    _, engine = build(Cell("", 2, options={"exclude": ["up.*"]}), deepspeed)
+def rotated(cell: Cell, deepspeed: Any) -> str:
+    _, engine = build(cell, deepspeed)
     return ",".join(m.name for m in engine.optimizer.optimizer.describe().matrices)
 
 
@@ -89,6 +93,7 @@ def test_what_cannot_work_is_refused_by_name_on_every_rank():
         assert "AdaDiag has no option 'foo'" in said["option"]
         assert "make a step first" in said["before a step"]
         assert said["excluded"] == "down.weight"
+        assert said["told by name"] == "up.weight,down.weight"
         assert "rank 0: " in said["planned"] and "'one' to 'two'" in said["planned"]
         assert "refresh_every is 2 on rank 0 and 3 on rank 1" in said["steering"]
         assert said["live"] == "no error"

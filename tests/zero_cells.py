@@ -80,6 +80,7 @@ class Model(nn.Module):
         frozen: bool = False,
         unused: bool = False,
         branch: bool = False,
+        experts: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
@@ -93,6 +94,11 @@ class Model(nn.Module):
         if branch:  # no gradient but zeros for its first layer until the first step
             self.into = nn.Linear(WIDTH, WIDTH, bias=False)
             self.zero_init = nn.Linear(WIDTH, WIDTH, bias=False)
+        if experts:  # told from matrices by name and shape
+            self.moe = nn.ModuleDict({"gate": nn.Linear(WIDTH, 4, bias=False)})
+            self.moe.experts = nn.Module()
+            self.moe.experts.gate_up_proj = nn.Parameter(torch.zeros(4, WIDTH, WIDTH))
+            self.moe.experts.bias = nn.Parameter(torch.zeros(4, WIDTH))
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)  # the last one is the head
         if tied:
             self.lm_head.weight = self.embed.weight
