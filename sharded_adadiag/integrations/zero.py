@@ -373,7 +373,9 @@ def _deepspeed_callers() -> Iterator[Any]:
     """The objects of DeepSpeed whose methods called us, the nearest first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if type(caller).__module__.startswith("deepspeed.runtime"):
-            yield caller
+        # Of no other frame: a look at its locals may keep the user's parameters alive.
+        if frame.f_globals.get("__name__", "").startswith("deepspeed.runtime"):
+            caller = frame.f_locals.get("self")
+            if type(caller).__module__.startswith("deepspeed.runtime"):
+                yield caller
         frame = frame.f_back
