@@ -1,20 +1,20 @@
 """AdaDiag, AdafacDiag and HfacDiag, sharded over ranks."""
 
 from sharded_adadiag.checkpoint.named import named_state_dict
-from sharded_adadiag.checkpoint.portable import (
-    load_portable_state_dict,
-    portable_state_dict,
-)
-from sharded_adadiag.factory import model_factory
-from sharded_adadiag.grouping import param_groups
-from sharded_adadiag.integrations.registration import register
 from sharded_adadiag.optimizer import (
     AdaDiag,
     AdafacDiag,
     HfacDiag,
     RotatedOptimizer,
 )
-from sharded_adadiag.report import Report
+from sharded_adadiag.params.factory import model_factory
+from sharded_adadiag.params.grouping import param_groups
+from sharded_adadiag.plan.report import Report
+from sharded_adadiag.zero.portable import (
+    load_portable_state_dict,
+    portable_state_dict,
+)
+from sharded_adadiag.zero.registration import register
 
 __version__ = "0.2.0.dev0"  # the only place that says it
 

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_adadiag.algorithm.state import Method
-from sharded_adadiag.checkpoint.flat import FlatStates
+from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.logical import LogicalState
 from sharded_adadiag.comm.collectives import communicator
-from sharded_adadiag.engine import Engine
-from sharded_adadiag.entry import Entry
-from sharded_adadiag.exclusion import Exclusion
-from sharded_adadiag.integrations import zero
-from sharded_adadiag.integrations.parameters import Piece, find_group, piece
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.exclusion import Exclusion
+from sharded_adadiag.params.local import Piece, find_group, piece
+from sharded_adadiag.params.publication import is_trained, publish, raise_on_mismatch
 from sharded_adadiag.plan.geometry import by_parameter
-from sharded_adadiag.publication import is_trained, publish, raise_on_mismatch
+from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.zero import partitions as zero
+from sharded_adadiag.zero.flat import FlatStates
 
 
 class _Found(NamedTuple):
@@ -55,7 +55,7 @@ class Binding:
     def __init__(
         self,
         optimizer: Optimizer,
-        method: Method,
+        method: Rule,
         distribution: str,
         process_group: Any,
         exclusion: Exclusion,
@@ -65,7 +65,7 @@ class Binding:
         self.distribution = distribution
         self.process_group = process_group
         self.exclusion = exclusion
-        self.originals = zero.Originals()
+        self.originals = zero.OriginalParams()
         self.kept: dict[Tensor, dict[str, Any]] = {}
         self.skipped_steps = 0
         self.forget()
@@ -241,7 +241,7 @@ class Binding:
             known = [self._planned.get(p, []) for p in group["params"]]
             # Saved forms tell states by name, so names go where the parameters go.
             if "param_names" in group and all(known):
-                group["param_names"] = [entries[0].facts.name for entries in known]
+                group["param_names"] = [entries[0].spec.name for entries in known]
 
     def _plan_new(self, *, together: bool) -> Engine:
         """Plan every parameter that is new; a collective."""
@@ -295,7 +295,7 @@ class Binding:
 
     def _plan(self, engine: Engine, new: list[_Found], error: str) -> None:
         """Tell the other ranks of new parameters and plan them."""
-        parts: dict[Tensor, list[zero.Slice]] = {}
+        parts: dict[Tensor, list[zero.Fragment]] = {}
         counts: list[int] = []
 
         def find() -> list[Piece]:
@@ -329,12 +329,12 @@ class Binding:
             first = last
 
     def _pieces(
-        self, found: _Found, parts: dict[Tensor, list[zero.Slice]]
+        self, found: _Found, parts: dict[Tensor, list[zero.Fragment]]
     ) -> list[Piece]:
         name, param, group, rotate, flat = found
         if not flat:
             return [piece(param, name, group, self.optimizer, rotate=rotate)]
-        parts[param] = zero.slices(self.originals, param, group)
+        parts[param] = zero.fragments(self.originals, param, group)
         guessed = {name: known for name, _, known in self.originals.named(group)}
         names = self.originals.names(self._groups)
         rotates = {

@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sharded_adadiag.admission import admit, warn_of_unsorted
-from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Method
+from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Rule
 from sharded_adadiag.binding import Binding
 from sharded_adadiag.checkpoint.hooks import FORMAT_VERSION, loading, saving
 from sharded_adadiag.comm.collectives import communicator
-from sharded_adadiag.config import (
+from sharded_adadiag.options import (
     DISTRIBUTIONS,
     OPTION_NAMES,
     Options,
     as_number,
     name_dtypes,
 )
-from sharded_adadiag.exclusion import Exclusion
-from sharded_adadiag.integrations.callers import (
+from sharded_adadiag.params.admission import admit, warn_of_unsorted
+from sharded_adadiag.params.callers import (
     refuse_in_backward,
     refuse_local_scaler,
 )
-from sharded_adadiag.integrations.parameters import local
-from sharded_adadiag.integrations.registration import admit_to_zero
-from sharded_adadiag.publication import check_parameter, names
-from sharded_adadiag.report import Report
+from sharded_adadiag.params.exclusion import Exclusion
+from sharded_adadiag.params.local import local
+from sharded_adadiag.params.publication import check_parameter, names
+from sharded_adadiag.plan.report import Report
+from sharded_adadiag.zero.registration import admit_to_zero
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -85,7 +85,7 @@ class RotatedOptimizer(Optimizer):
             floating-point.
     """
 
-    method: Method
+    method: Rule
 
     def __init__(  # noqa: PLR0913 - the options users set
         self,

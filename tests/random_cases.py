@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
 from sharded_adadiag.algorithm.matrixize import matrix_shape
-from sharded_adadiag.integrations.parameters import local
+from sharded_adadiag.params.local import local
 
 CLASSES = {"AdaDiag": AdaDiag, "AdafacDiag": AdafacDiag, "HfacDiag": HfacDiag}
 PERIOD = 2

@@ -11,8 +11,8 @@ from architectures import MODELS, built
 from torch import nn
 
 from sharded_adadiag import AdaDiag, param_groups
-from sharded_adadiag.exclusion import LOPSIDED, Exclusion
-from sharded_adadiag.not_rotated import NAMES, TYPES, USUAL_NAMES
+from sharded_adadiag.params.exclusion import LOPSIDED, Exclusion
+from sharded_adadiag.params.not_rotated import NAMES, TYPES, USUAL_NAMES
 
 # Left out of the table where they are nothing peculiar.
 ORDINARY = {"matrix", "embedding", "norm", "a side of 1"}

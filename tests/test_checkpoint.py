@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from sharded_adadiag import AdaDiag, named_state_dict
-from sharded_adadiag.integrations.fsdp1 import remembered
+from sharded_adadiag.params.fsdp1 import remembered
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import HARD_CASES
 from sharded_adadiag.testing.ranks import run_processes, run_threads

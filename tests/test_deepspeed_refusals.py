@@ -14,8 +14,8 @@ from support.stand_ins import as_if_of
 from zero_cells import Cell, advance, build, start_deepspeed
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
-from sharded_adadiag.integrations import zero
 from sharded_adadiag.testing.ranks import run_processes
+from sharded_adadiag.zero import partitions as zero
 
 # With a version: examples/deepspeed, if on the path, passes for a package without one.
 pytest.importorskip(

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sharded_adadiag.grouping import param_groups
+from sharded_adadiag.params.grouping import param_groups
 
 WORLD_SIZE = 4
 

@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_adadiag import AdaDiag, param_groups
-from sharded_adadiag.integrations.fsdp1 import remembered
+from sharded_adadiag.params.fsdp1 import remembered
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_processes, run_threads
 

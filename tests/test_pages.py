@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, RotatedOptimizer
-from sharded_adadiag.config import PLANNED, Options
+from sharded_adadiag.options import PLANNED, Options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

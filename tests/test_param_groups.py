@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, param_groups
-from sharded_adadiag.batching import SETS_KEPT
-from sharded_adadiag.blocks import PLANS_KEPT
-from sharded_adadiag.config import OPTION_NAMES, PLANNED
+from sharded_adadiag.options import OPTION_NAMES, PLANNED
+from sharded_adadiag.step.batching import SETS_KEPT
+from sharded_adadiag.step.blocks import PLANS_KEPT
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_threads
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, param_groups
-from sharded_adadiag.integrations.fsdp1 import remembered
+from sharded_adadiag.params.fsdp1 import remembered
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import (
     HARD_CASES,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose, step_bytes
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import (
     EMPTY,
     Box,
@@ -205,7 +205,7 @@ def hops(draw):
         flat = any(isinstance(r, FlatRange) for r in (*one, *other))
         if not (narrow and flat):
             size = draw(st.sampled_from([2, 4, 8]))
-            matrices.append((rows, cols, Hop(cols, one, other, size)))
+            matrices.append((rows, cols, Move(cols, one, other, size)))
     return world_size, matrices
 
 
@@ -238,8 +238,8 @@ def test_what_a_rank_sends_is_what_the_other_expects(case):
     for rank in range(world_size):
         for chunk in plan.sent(rank):
             (expected,) = [c for c in plan.received(chunk.rank) if c.rank == rank]
-            assert (chunk.slots, chunk.nbytes) == (expected.slots, expected.nbytes)
-            moved += sum(slot.stop - slot.start for slot in chunk.slots)
+            assert (chunk.spans, chunk.nbytes) == (expected.spans, expected.nbytes)
+            moved += sum(span.stop - span.start for span in chunk.spans)
     assert moved == sum(hop.moved_bytes for *_, hop in matrices)
     assert plan.is_local is (moved == 0)
 
@@ -252,10 +252,10 @@ def test_slots_are_aligned_disjoint_and_inside_their_chunk(case):
     for chunk in itertools.chain(*map(plan.sent, range(world_size))):
         assert chunk.nbytes % 8 == 0
         end = 8
-        for slot in chunk.slots:
-            assert slot.start == end
-            assert slot.start % plan.hops[slot.item].itemsize == 0
-            end = slot.stop
+        for span in chunk.spans:
+            assert span.start == end
+            assert span.start % plan.hops[span.item].itemsize == 0
+            end = span.stop
         assert end <= chunk.nbytes
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.algorithm.sums import PartialSum, Sums
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 
 # Added to the squared gradient inside the accumulators (Shazeer & Stern's eps1).
 ACCUMULATOR_EPS = 1e-30

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sharded_adadiag.algorithm.sums import Sums
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 
 
 def adam(

@@ -23,7 +23,7 @@ from sharded_adadiag.algorithm.adafactor import (
     squared_sums,
 )
 from sharded_adadiag.algorithm.sums import PartialSum, Sums
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 
 
 def hfac(

@@ -14,12 +14,12 @@ from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
 from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.sums import Sums, each
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 
 MATRIX, ROW, COL = ("m", "n"), ("m",), ("n",)
 
 
-class Method(NamedTuple):
+class Rule(NamedTuple):
     """One of the three optimizers, as far as a matrix is concerned.
 
     Attributes:
@@ -39,15 +39,15 @@ class Method(NamedTuple):
 
 
 _SECOND = {"exp_avg_sq_row": ROW, "exp_avg_sq_col": COL}
-ADADIAG = Method("AdaDiag", False, adam, {"exp_avg": MATRIX, "exp_avg_sq": MATRIX}, {})
-ADAFACDIAG = Method(
+ADADIAG = Rule("AdaDiag", False, adam, {"exp_avg": MATRIX, "exp_avg_sq": MATRIX}, {})
+ADAFACDIAG = Rule(
     "AdafacDiag",
     True,
     each(adafactor),
     {"exp_avg": MATRIX, **_SECOND},
     {"momentum": True, "clip_threshold": 1.0},
 )
-HFACDIAG = Method(
+HFACDIAG = Rule(
     "HfacDiag",
     True,
     each(hfac),
@@ -56,7 +56,7 @@ HFACDIAG = Method(
 )
 
 
-def matrix_moments(method: Method, options: Options) -> dict[str, tuple[str, ...]]:
+def matrix_moments(method: Rule, options: Options) -> dict[str, tuple[str, ...]]:
     """Moments of a rotated (or factored) matrix.
 
     Args:
@@ -72,7 +72,7 @@ def matrix_moments(method: Method, options: Options) -> dict[str, tuple[str, ...
     return moments
 
 
-def plain_moments(method: Method, options: Options) -> tuple[str, ...]:
+def plain_moments(method: Rule, options: Options) -> tuple[str, ...]:
     """Moments of a parameter updated where it lies; each has its local shape.
 
     Args:
@@ -139,7 +139,7 @@ def rotated_sides(shape: tuple[int, int], options: Options) -> tuple[bool, bool]
     return (left, right) if dim <= options.max_rotated_dim else (False, False)
 
 
-def needs_matrix(method: Method, shape: Sequence[int], options: Options) -> bool:
+def needs_matrix(method: Rule, shape: Sequence[int], options: Options) -> bool:
     """Whether a parameter must be seen as a whole matrix.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 
 T = TypeVar("T")
 

@@ -24,9 +24,9 @@ from sharded_adadiag.algorithm.rotation import (
     rotate_back,
     suppress_noise,
 )
-from sharded_adadiag.algorithm.state import Method, rotated_sides
+from sharded_adadiag.algorithm.state import Rule, rotated_sides
 from sharded_adadiag.algorithm.sums import Sums, run_on_full_matrices
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 
 State = dict[str, Tensor]
 
@@ -35,7 +35,7 @@ def update(
     grads: Sequence[Tensor],
     states: Sequence[State],
     *,
-    method: Method,
+    method: Rule,
     options: Options,
     steps: Sequence[int],
     refresh: Sequence[bool],
@@ -76,7 +76,7 @@ def update(
 
 
 def moment_rule(
-    method: Method,
+    method: Rule,
     rotated: Sequence[Tensor],
     states: Sequence[State],
     options: Options,

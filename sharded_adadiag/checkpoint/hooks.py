@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_adadiag.checkpoint.matching import match_groups
-from sharded_adadiag.config import Options, name_dtypes
+from sharded_adadiag.options import Options, name_dtypes
 
 if TYPE_CHECKING:
     from sharded_adadiag.binding import Binding

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sharded_adadiag.comm.collectives import Communicator, ProcessGroup
 from sharded_adadiag.comm.exchange import Exchange
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import Box, Layout
 
 # Bytes of full state tensors moved at once: bounds the memory of saving.
@@ -178,7 +178,7 @@ class LogicalState:
         for t in tensors:
             ends = t.layout, self._saved(t)
             source, target = reversed(ends) if back else ends
-            hops.append(Hop(t.cols, source, target, t.dtype.itemsize))
+            hops.append(Move(t.cols, source, target, t.dtype.itemsize))
         plan = ExchangePlan(self.comm.size, tuple(hops))
         dtypes = [t.dtype for t in tensors]
         return self.exchange.run(plan, pieces, dtypes, dtypes, device=self.device)[0]

@@ -17,7 +17,7 @@ from sharded_adadiag.plan.exchange_plan import (
     HEADER_BYTES,
     Chunk,
     ExchangePlan,
-    Hop,
+    Move,
 )
 from sharded_adadiag.plan.geometry import Box, Region, as_flat, intersect
 
@@ -42,7 +42,7 @@ class Exchange:
         *,
         device: torch.device,
         status: int = 0,
-        slot: str = "",
+        into: str = "",
     ) -> tuple[list[Tensor], list[int]]:
         """Move every matrix of the plan.
 
@@ -54,8 +54,8 @@ class Exchange:
             work: Dtype wanted of each at the target.
             device: Where the pieces are.
             status: This rank's status word; 0 is well.
-            slot: Where the results are put: they are overwritten by the next exchange
-                with the same slot. Empty for memory of their own.
+            into: Where the results are put: they are overwritten by the next exchange
+                with the same name. Empty for memory of their own.
 
         Returns:
             This rank's piece of each matrix in the target layout, and the status
@@ -69,7 +69,7 @@ class Exchange:
         if not plan.is_local:
             arrivals = self._all_to_all(plan, pieces, wire, device, status)
         results: list[Tensor] = []
-        room = self._room(plan, work, slot, device)
+        room = self._room(plan, work, into, device)
         moved = _by_matrix(arrivals, wire)
         for i, hop in enumerate(plan.hops):
             wanted = hop.target[rank]
@@ -103,11 +103,11 @@ class Exchange:
         send = self._buffer("send", place, sum(sent))
         for chunk, data in _cut(send, outgoing):
             data[:HEADER_BYTES].view(torch.int64).fill_(status)
-            for slot in chunk.slots:
-                hop, i = plan.hops[slot.item], slot.item
+            for span in chunk.spans:
+                hop, i = plan.hops[span.item], span.item
                 held = hop.target[chunk.rank] if hop.summed else hop.source[rank]
-                view = window(pieces[i], held, slot.region, hop.cols)
-                data[slot.start : slot.stop].view(wire[i]).view(view.shape).copy_(view)
+                view = window(pieces[i], held, span.region, hop.cols)
+                data[span.start : span.stop].view(wire[i]).view(view.shape).copy_(view)
         receive = self._buffer("receive", place, sum(got))
         self.comm.all_to_all(receive, send, got, sent)
         return list(_cut(receive, incoming))
@@ -115,7 +115,7 @@ class Exchange:
     def _fill(
         self,
         out: Tensor,
-        hop: Hop,
+        hop: Move,
         piece: Tensor,
         moved: Sequence[tuple[Region, Tensor]],
         rank: int,
@@ -142,7 +142,7 @@ class Exchange:
         self,
         plan: ExchangePlan,
         work: Sequence[torch.dtype],
-        slot: str,
+        into: str,
         device: torch.device,
     ) -> Iterator[Tensor]:
         """Uninitialised results for the matrices that move, in order."""
@@ -153,11 +153,11 @@ class Exchange:
             if hop.summed or hop.source[rank] != hop.target[rank]
         ]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
-        if not slot:
+        if not into:
             yield from (torch.empty(s, dtype=d, device=device) for s, d in shapes)
             return
         strides = [-(-size // 64) * 64 for size in sizes]
-        buffer = self._buffer(slot, device, sum(strides))
+        buffer = self._buffer(into, device, sum(strides))
         start = 0
         for (shape, dtype), size, stride in zip(shapes, sizes, strides):
             yield buffer[start : start + size].view(dtype).view(shape)
@@ -194,9 +194,9 @@ def _by_matrix(
     """What came for each matrix, in rank order, as views of the buffer."""
     moved: dict[int, list[tuple[Region, Tensor]]] = {}
     for chunk, data in arrivals:
-        for slot in chunk.slots:
-            part = data[slot.start : slot.stop].view(wire[slot.item])
-            moved.setdefault(slot.item, []).append((slot.region, part))
+        for span in chunk.spans:
+            part = data[span.start : span.stop].view(wire[span.item])
+            moved.setdefault(span.item, []).append((span.region, part))
     return moved
 
 

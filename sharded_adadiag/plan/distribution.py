@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.exchange_plan import Hop
+from sharded_adadiag.plan.exchange_plan import Move
 from sharded_adadiag.plan.geometry import only_on
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.route import Kind, Route
@@ -30,7 +30,7 @@ class Candidate:
     """The two ways to compute one matrix.
 
     Attributes:
-        matrix: Its layout.
+        view: Its layout.
         owner: The owner route.
         broadcast: The other route, or None if it is not possible.
         rotation_bytes: Bytes of its rotations.
@@ -38,7 +38,7 @@ class Candidate:
         refresh_every: Steps between refreshes; None for one refresh ever.
     """
 
-    matrix: MatrixLayout
+    view: MatrixLayout
     owner: Route
     broadcast: Route | None
     rotation_bytes: int
@@ -59,13 +59,13 @@ def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
     kinds: list[Kind] = ["owner"] * len(candidates)
     if world_size == 1:
         return kinds
-    costs = [step_bytes(c.matrix, c.owner) for c in candidates]
+    costs = [step_bytes(c.view, c.owner) for c in candidates]
     others = (world_size - 1) / world_size
     allowance = TRAFFIC_BUDGET * FRAMEWORK_PASSES * others
     budget = (
         allowance
         * world_size
-        * sum(c.matrix.numel * c.matrix.grad_itemsize for c in candidates)
+        * sum(c.view.numel * c.view.grad_itemsize for c in candidates)
     )
     room = MEMORY_BUDGET * sum(c.state_bytes for c in candidates) / world_size
     traffic = float(sum(costs))
@@ -74,9 +74,9 @@ def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
     for i, c in enumerate(candidates):
         if c.broadcast is None:
             continue
-        refresh = refresh_bytes(c.matrix, c.broadcast, c.rotation_bytes)
+        refresh = refresh_bytes(c.view, c.broadcast, c.rotation_bytes)
         per_step = refresh / c.refresh_every if c.refresh_every else 0.0
-        saved = costs[i] - step_bytes(c.matrix, c.broadcast) - per_step
+        saved = costs[i] - step_bytes(c.view, c.broadcast) - per_step
         if saved > 0:
             memory = c.rotation_bytes * others
             savings.append((-saved / max(memory, 1.0), i, saved, memory))
@@ -96,8 +96,8 @@ def step_bytes(matrix: MatrixLayout, route: Route) -> int:
     total = 0
     for i, (near, far) in enumerate(zip(layouts, layouts[1:])):
         out = matrix.grad_itemsize if route.raw(i) else matrix.work_itemsize
-        total += Hop(matrix.cols, near, far, out).moved_bytes
-        total += Hop(matrix.cols, far, near, matrix.work_itemsize).moved_bytes
+        total += Move(matrix.cols, near, far, out).moved_bytes
+        total += Move(matrix.cols, far, near, matrix.work_itemsize).moved_bytes
     return total
 
 
@@ -112,6 +112,6 @@ def refresh_bytes(matrix: MatrixLayout, route: Route, rotation_bytes: int) -> in
         total += 8 * side * side * (world_size - 1)
     elif route.basis_from == "gradient":
         owner = only_on(route.owner, matrix.rows, matrix.cols, world_size)
-        hop = Hop(matrix.cols, matrix.layout, owner, matrix.grad_itemsize)
+        hop = Move(matrix.cols, matrix.layout, owner, matrix.grad_itemsize)
         total += hop.moved_bytes
     return total

@@ -22,7 +22,7 @@ HEADER_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Hop:
+class Move:
     """One matrix of an exchange.
 
     Attributes:
@@ -105,7 +105,7 @@ def _moved_numel(cols: int, source: Layout, target: Layout, summed: bool) -> int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Slot:
+class Span:
     """Where a region of matrix ``item`` lies in the chunk of a pair of ranks."""
 
     item: int
@@ -120,12 +120,12 @@ class Chunk:
 
     Attributes:
         rank: The other rank.
-        slots: What it is made of.
+        spans: What it is made of.
         nbytes: Its length with the status word.
     """
 
     rank: int
-    slots: tuple[Slot, ...]
+    spans: tuple[Span, ...]
     nbytes: int
 
 
@@ -143,7 +143,7 @@ class ExchangePlan:
     """
 
     world_size: int
-    hops: tuple[Hop, ...]
+    hops: tuple[Move, ...]
     # Messages of the rank that exchanges, listed once.
     _sent: dict[int, list[Chunk]] = _own_field()
     _received: dict[int, list[Chunk]] = _own_field()
@@ -186,7 +186,7 @@ class ExchangePlan:
         return ExchangePlan(
             self.world_size,
             tuple(
-                Hop(hop.cols, hop.target, hop.source, size)
+                Move(hop.cols, hop.target, hop.source, size)
                 for hop, size in zip(self.hops, itemsizes)
             ),
         )
@@ -211,9 +211,9 @@ class ExchangePlan:
         ]
 
     def _chunk(self, other: int, parts: Sequence[tuple[int, int, Region]]) -> Chunk:
-        slots, start = [], HEADER_BYTES
+        spans, start = [], HEADER_BYTES
         for negative_size, item, region in parts:
             stop = start - region.numel * negative_size
-            slots.append(Slot(item, region, start, stop))
+            spans.append(Span(item, region, start, stop))
             start = stop
-        return Chunk(other, tuple(slots), -(-start // 8) * 8)
+        return Chunk(other, tuple(spans), -(-start // 8) * 8)

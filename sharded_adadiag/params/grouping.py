@@ -19,10 +19,10 @@ from torch.nn.modules.conv import _ConvNd  # of all convolutions
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
-from sharded_adadiag.integrations.fsdp1 import remember
-from sharded_adadiag.integrations.fsdp2 import refuse_unsharded
-from sharded_adadiag.integrations.parameters import logical_shape
-from sharded_adadiag.not_rotated import (
+from sharded_adadiag.params.fsdp1 import remember
+from sharded_adadiag.params.fsdp2 import refuse_unsharded
+from sharded_adadiag.params.local import logical_shape
+from sharded_adadiag.params.not_rotated import (
     HEAD,
     MATRIX,
     TYPES,
@@ -59,10 +59,10 @@ def param_groups(
     convolutions (as ``out x rest``) whose both sides are larger than one. Not rotated
     are 1-D parameters, those of embeddings and norms, the output head, and what only
     looks like a matrix: biases of experts, routers, position tables, decays,
-    depthwise convolutions, directions of a weight norm (the list is in
-    `sharded_adadiag.not_rotated`). A parameter tied to an embedding is an embedding. Of
-    other parameters of three and more dimensions, such as stacked experts
-    ``(E, out, in)``, none is rotated: one rotation of all would mix them.
+    depthwise convolutions, directions of a weight norm (`not_rotated.py` has the
+    list). A parameter tied to an embedding is an embedding. Of other parameters of
+    three and more dimensions, such as stacked experts ``(E, out, in)``, none is
+    rotated: one rotation of all would mix them.
 
     The head is what Hugging Face's ``get_output_embeddings()`` returns. A model
     without it has its last ``nn.Linear`` for a head, unless that lies in a

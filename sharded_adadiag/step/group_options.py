@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sharded_adadiag.config import PLANNED, STEERING, Options
+from sharded_adadiag.options import PLANNED, STEERING, Options
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
-    from sharded_adadiag.entry import Entry
+    from sharded_adadiag.params.entry import Entry
+    from sharded_adadiag.step.engine import Engine
 
 _planned = operator.attrgetter(*PLANNED)
 _steering = operator.attrgetter(*STEERING)
@@ -81,15 +81,15 @@ class GroupOptions:
         """
         number = {key: i for i, key in enumerate(self._groups)}
         return [
-            (e.facts.name, number[id(e.group)], _steering(options[id(e.group)]))
+            (e.spec.name, number[id(e.group)], _steering(options[id(e.group)]))
             if e.member and id(e.group) in options
-            else (e.facts.name, None, None)
+            else (e.spec.name, None, None)
             for e in self.engine.entries
         ]
 
     def _first_of(self, key: int) -> str:
         return next(
-            f"the param group of {e.facts.name}"
+            f"the param group of {e.spec.name}"
             for e in self.engine.entries
             if e.member and id(e.group) == key
         )
@@ -107,7 +107,7 @@ class GroupOptions:
             if matrix is not None and matrix.route.kind == "broadcast":
                 if now.on_refresh == "reproject" and matrix.left and matrix.right:
                     return (
-                        f"{entry.facts.name}: on_refresh became 'reproject', for which "
+                        f"{entry.spec.name}: on_refresh became 'reproject', for which "
                         "a matrix rotated on two sides must be whole, but it is "
                         "planned in blocks; set it from the beginning, or pass "
                         'distribution="owner"'
@@ -155,7 +155,7 @@ def differences(told: Sequence[tuple[str, Membership]]) -> str:
 
 def _change(entry: Entry, now: Options) -> str:
     """What of a parameter's planned options has changed; empty if nothing has."""
-    old, matrix = entry.facts.options, len(entry.facts.shape) > 1
+    old, matrix = entry.spec.options, len(entry.spec.shape) > 1
     now = dataclasses.replace(now, rotate=now.rotate and entry.piece.rotate)
     # The others mean nothing to what is updated in place.
     relevant = {"momentum", "state_dtype", *(["rotate"] if matrix else [])}
@@ -163,7 +163,7 @@ def _change(entry: Entry, now: Options) -> str:
         before, after = getattr(old, name), getattr(now, name)
         if before != after and (name in relevant or (matrix and old.rotate)):
             return (
-                f"{entry.facts.name}: {name} of its param group changed from "
+                f"{entry.spec.name}: {name} of its param group changed from "
                 f"{before!r} to {after!r}, but its state was laid out for the former; "
                 "set it before the first step, or make a new optimizer and load this "
                 "one's state_dict into it"

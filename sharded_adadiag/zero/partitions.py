@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from sharded_adadiag.integrations.parameters import (
+from sharded_adadiag.params.local import (
     Holding,
     Piece,
     is_distributed,
@@ -46,7 +46,7 @@ Named = list[tuple[str, Tensor, bool]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Slice:
+class Fragment:
     """The part of one parameter that a flat tensor holds.
 
     Attributes:
@@ -79,7 +79,7 @@ class _Noted:
     names: list[str] | None
 
 
-class Originals:
+class OriginalParams:
     """The parameters that the groups were made of, before DeepSpeed replaced them.
 
     They are held weakly: under DeepSpeed the model lives on and they with it, while
@@ -218,7 +218,9 @@ class Originals:
             self._names |= {p: names[p] for p in params if p in names}
 
 
-def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Slice]:
+def fragments(
+    originals: OriginalParams, flat: Tensor, group: dict[str, Any]
+) -> list[Fragment]:
     """What a flat tensor holds.
 
     Args:
@@ -227,7 +229,7 @@ def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Sl
         group: The group.
 
     Returns:
-        One slice for each parameter of which any rank has a part in this tensor, in
+        One fragment for each parameter of which any rank has a part in this tensor, in
         the same order on every rank.
 
     Raises:
@@ -242,11 +244,11 @@ def slices(originals: Originals, flat: Tensor, group: dict[str, Any]) -> list[Sl
     return found
 
 
-def misplaced(found: list[Slice], flat: Tensor) -> str:
+def misplaced(found: list[Fragment], flat: Tensor) -> str:
     """Compare what a flat tensor holds with the model's weights.
 
     Args:
-        found: Its slices.
+        found: Its fragments.
         flat: The tensor.
 
     Returns:
@@ -264,7 +266,7 @@ def misplaced(found: list[Slice], flat: Tensor) -> str:
 
 def _laid_end_to_end(
     flat: Tensor, named: list[tuple[str, Tensor, bool]]
-) -> list[Slice]:
+) -> list[Fragment]:
     """Stages 1 and 2: parameters are views of a buffer cut into equal parts."""
     found = []
     for name, param, _ in named:
@@ -280,11 +282,11 @@ def _laid_end_to_end(
         stored = param.detach().reshape(-1)[region.start : region.stop]
         place = start - own if region.numel else 0
         shape = tuple(param.shape)
-        found.append(Slice(name, param, shape, region, place, stored))
+        found.append(Fragment(name, param, shape, region, place, stored))
     return found
 
 
-def _cut_alone(flat: Tensor, named: Named) -> list[Slice]:
+def _cut_alone(flat: Tensor, named: Named) -> list[Fragment]:
     """Stage 3: each parameter is cut into equal parts, the last ones padded."""
     found = []
     for name, original, _ in named:
@@ -301,31 +303,31 @@ def _cut_alone(flat: Tensor, named: Named) -> list[Slice]:
         region = FlatRange(start, stop)
         stored = param.ds_tensor.detach().reshape(-1)[: region.numel]
         shape = tuple(param.ds_shape)
-        found.append(Slice(name, param, shape, region, place, stored))
+        found.append(Fragment(name, param, shape, region, place, stored))
     return found
 
 
 def pieces(
-    found: list[Slice],
+    found: list[Fragment],
     flat: Tensor,
     group: dict[str, Any],
     optimizer: Optimizer,
     rotates: dict[str, bool],
 ) -> list[Piece]:
-    """The slices of a flat tensor as pieces of the parameters.
+    """The fragments of a flat tensor as pieces of the parameters.
 
     Args:
-        found: Its slices.
+        found: Its fragments.
         flat: The tensor.
         group: Its group.
         optimizer: Which keeps its states.
         rotates: Whether each parameter may be rotated, by name.
 
     Returns:
-        One piece for each slice.
+        One piece for each fragment.
     """
 
-    def piece(part: Slice) -> Piece:
+    def piece(part: Fragment) -> Piece:
         held = Holding(part.shape, *view_shape(part.shape), part.region)
 
         def state() -> dict[str, Any]:

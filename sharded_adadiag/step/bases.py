@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from sharded_adadiag.algorithm.basis import Basis
 from sharded_adadiag.algorithm.update import lacks_basis
-from sharded_adadiag.config import Options
-from sharded_adadiag.planning import MatrixPlan
+from sharded_adadiag.options import Options
+from sharded_adadiag.plan.matrices import MatrixPlan
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.step.engine import Engine
 
 
 class Bases:
@@ -68,7 +68,7 @@ class Bases:
         """
         if basis.made:
             self._there.add(matrix.index)
-        name, fallback = matrix.matrix.name, basis.fallback
+        name, fallback = matrix.view.name, basis.fallback
         if not fallback or (name, fallback) in self._warned:
             return
         self._warned.add((name, fallback))

@@ -10,14 +10,14 @@ import torch
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.state import (
-    Method,
+    Rule,
     matrix_moments,
     moment_dtype,
     needs_matrix,
     rotated_sides,
     rotation_dtype,
 )
-from sharded_adadiag.config import Options
+from sharded_adadiag.options import Options
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose
 from sharded_adadiag.plan.geometry import Box, Layout
@@ -32,7 +32,7 @@ from sharded_adadiag.plan.route import (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
+class ParamSpec:
     """What is the same on every rank about one parameter.
 
     Attributes:
@@ -62,7 +62,7 @@ class MatrixPlan:
 
     Attributes:
         index: Position of the parameter in the optimizer.
-        matrix: Its matrix view and where it is stored.
+        view: Its matrix view and where it is stored.
         left: P is applied.
         right: Q is applied.
         cost: Work and state.
@@ -74,7 +74,7 @@ class MatrixPlan:
     """
 
     index: int
-    matrix: MatrixLayout
+    view: MatrixLayout
     left: bool
     right: bool
     cost: MatrixCost
@@ -117,8 +117,8 @@ class MatrixPlan:
             shapes[key] = tuple(sizes[d] for d in dims), self.moment_dtype
         holds = self.route.holds_rotations(rank)
         for key, wanted, size in (
-            ("rotation_left", self.left, self.matrix.rows),
-            ("rotation_right", self.right, self.matrix.cols),
+            ("rotation_left", self.left, self.view.rows),
+            ("rotation_right", self.right, self.view.cols),
         ):
             if wanted:
                 shapes[key] = (size, size) if holds else (0, 0), self.rotation_dtype
@@ -133,10 +133,10 @@ class MatrixPlan:
 
 
 def plan_matrices(
-    facts: Sequence[Facts],
+    facts: Sequence[ParamSpec],
     layouts: Sequence[Layout],
     *,
-    method: Method,
+    method: Rule,
     world_size: int,
     distribution: str,
     first_index: int = 0,
@@ -180,8 +180,8 @@ class _Draft:
     """A matrix before its owner is known."""
 
     index: int
-    fact: Facts
-    matrix: MatrixLayout
+    fact: ParamSpec
+    view: MatrixLayout
     left: bool
     right: bool
     cost: MatrixCost
@@ -189,7 +189,7 @@ class _Draft:
     moments: dict[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, index: int, fact: Facts, layout: Layout, method: Method) -> _Draft:
+    def of(cls, index: int, fact: ParamSpec, layout: Layout, method: Rule) -> _Draft:
         options = fact.options
         rows, cols = matrix_shape(fact.shape)
         left, right = rotated_sides((rows, cols), options)
@@ -216,17 +216,17 @@ class _Draft:
         two_sided_reproject = (
             self.left and self.right and options.on_refresh == "reproject"
         )
-        alone = len(self.matrix.layout) == 1
+        alone = len(self.view.layout) == 1
         obstacle = broadcast_obstacle(
-            self.matrix, two_sided_reproject=two_sided_reproject
+            self.view, two_sided_reproject=two_sided_reproject
         )
         sides = {"left": self.left, "right": self.right}
         other = None
         if not alone and not obstacle:
-            other = broadcast_route(self.matrix, owner, basis=options.basis, **sides)
+            other = broadcast_route(self.view, owner, basis=options.basis, **sides)
         return Candidate(
-            self.matrix,
-            owner_route(self.matrix, owner, **sides),
+            self.view,
+            owner_route(self.view, owner, **sides),
             other,
             self.rotation_bytes,
             self.cost.state_bytes,
@@ -237,7 +237,7 @@ class _Draft:
         options, dtype = self.fact.options, self.fact.dtype
         return MatrixPlan(
             self.index,
-            self.matrix,
+            self.view,
             self.left,
             self.right,
             self.cost,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Sequence
 
-from sharded_adadiag.not_rotated import MATRIX, kind_by_name, kind_by_shape
+from sharded_adadiag.params.not_rotated import MATRIX, kind_by_name, kind_by_shape
 
 # A longer side than this many times the other is no weight that we have seen: LoRA of
 # rank 8 on 28,672 features comes closest, and 576 in some 1200 models.

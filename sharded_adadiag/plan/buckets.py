@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
+from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.route import Kind
-from sharded_adadiag.planning import MatrixPlan
 
 # Full-matrix bytes of a bucket per rank: bounds the memory of an exchange.
 BUCKET_BYTES = 1 << 26
@@ -61,7 +61,7 @@ def make_buckets(matrices: Sequence[MatrixPlan], world_size: int) -> list[Bucket
         batch: list[MatrixPlan] = []
         size = 0
         for matrix in _in_turn(alike):
-            bytes_ = matrix.matrix.numel * matrix.matrix.work_itemsize
+            bytes_ = matrix.view.numel * matrix.view.work_itemsize
             if batch and size + bytes_ > limit:
                 buckets.append(_bucket(batch, world_size))
                 batch, size = [], 0
@@ -92,23 +92,21 @@ def _bucket(matrices: Sequence[MatrixPlan], world_size: int) -> Bucket:
         there = ExchangePlan(
             world_size,
             tuple(
-                Hop(
-                    m.matrix.cols,
+                Move(
+                    m.view.cols,
                     m.route.stages[k].layout,
                     m.route.stages[k + 1].layout,
-                    m.matrix.grad_itemsize
-                    if m.route.raw(k)
-                    else m.matrix.work_itemsize,
+                    m.view.grad_itemsize if m.route.raw(k) else m.view.work_itemsize,
                 )
                 for m in some
             ),
         )
-        hops.append((there, there.inverse([m.matrix.work_itemsize for m in some])))
+        hops.append((there, there.inverse([m.view.work_itemsize for m in some])))
         members.append(tuple(who))
     return Bucket(matrices[0].route.kind, tuple(matrices), tuple(hops), tuple(members))
 
 
 def _itemsize(matrix: MatrixPlan, k: int) -> int:
     """Bytes of an element on hop k: of the gradient until a stage has rotated it."""
-    layout = matrix.matrix
+    layout = matrix.view
     return layout.grad_itemsize if matrix.route.raw(k) else layout.work_itemsize

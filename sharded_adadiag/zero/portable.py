@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
-from sharded_adadiag.engine import Engine
-from sharded_adadiag.entry import Entry
 from sharded_adadiag.optimizer import RotatedOptimizer
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.step.engine import Engine
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def portable_state_dict(engine: Any) -> dict[str, Any]:
         model |= _untrained(engine.module, model)
         states = plan.save_state()
         groups = _groups(optimizer, plan)
-    names = [entry.facts.name for entry in plan.entries]
+    names = [entry.spec.name for entry in plan.entries]
     return {
         "model": model,
         "optimizer": {
@@ -80,7 +80,7 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
     with _flats_at_hand(engine) as (optimizer, plan):
         weights, states = state_dict["model"], state_dict["optimizer"]["state"]
         skipped = read_stamps(state_dict["optimizer"]["param_groups"])
-        names = [entry.facts.name for entry in plan.entries]
+        names = [entry.spec.name for entry in plan.entries]
         rest = _untrained_tensors(engine.module, names)
         missing = [name for name in [*names, *rest] if name not in weights]
         if missing:
@@ -106,11 +106,11 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
 
 def _weight(entry: Entry) -> StateTensor:
     """The master weight of a parameter as a tensor of the saved form."""
-    shape, layout = entry.facts.shape, entry.layout
+    shape, layout = entry.spec.shape, entry.layout
     rows, cols = matrix_shape(shape) if len(shape) > 1 else (math.prod(shape), 1)
     if len(shape) < 2:
         layout = as_column(layout)
-    name, dtype = entry.facts.name, entry.facts.dtype
+    name, dtype = entry.spec.name, entry.spec.dtype
     return StateTensor(name, "weight", shape, rows, cols, layout, dtype)
 
 
@@ -148,9 +148,9 @@ def _groups(optimizer: RotatedOptimizer, plan: Engine) -> list[dict[str, Any]]:
         members: dict[bool, list[str]] = {True: [], False: []}
         for entry in plan.entries:
             if entry.group is group:
-                shape = entry.facts.shape
+                shape = entry.spec.shape
                 matrix = len(shape) > 1 and min(matrix_shape(shape)) > 1
-                members[matrix and entry.facts.options.rotate].append(entry.facts.name)
+                members[matrix and entry.spec.options.rotate].append(entry.spec.name)
         for rotate, names in members.items():
             if names:
                 own = {"rotate": rotate, "params": names, "param_names": names}

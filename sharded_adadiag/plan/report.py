@@ -6,8 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
-    from sharded_adadiag.planning import MatrixPlan
+    from sharded_adadiag.plan.matrices import MatrixPlan
+    from sharded_adadiag.step.engine import Engine
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,9 +139,9 @@ def make_report(engine: Engine) -> Report:
         sides = [s for s, wanted in (("left", m.left), ("right", m.right)) if wanted]
         rows.append(
             MatrixRow(
-                m.matrix.name,
-                m.matrix.rows,
-                m.matrix.cols,
+                m.view.name,
+                m.view.rows,
+                m.view.cols,
                 "+".join(sides) or "-",
                 m.route.kind,
                 m.route.owner,
@@ -183,7 +183,7 @@ def make_report(engine: Engine) -> Report:
 def _step_share(matrix: MatrixPlan, rank: int) -> int:
     """A rank's part of a matrix's work in a step."""
     here = matrix.route.moments.layout[rank].numel
-    return matrix.cost.step * here // max(matrix.matrix.numel, 1)
+    return matrix.cost.step * here // max(matrix.view.numel, 1)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_adadiag.integrations.parameters import Piece
+from sharded_adadiag.params.local import Piece
 from sharded_adadiag.plan.geometry import Layout, Region
-from sharded_adadiag.planning import Facts
+from sharded_adadiag.plan.matrices import ParamSpec
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -17,14 +17,14 @@ class Entry:
     """One parameter of the optimizer, as the engine sees it.
 
     Attributes:
-        facts: What is the same on every rank.
+        spec: What is the same on every rank.
         layout: What each rank holds of its matrix view.
         piece: What this rank holds: region, tensor, gradient, states.
         group: The param group that it is in now, or was in last.
         member: Whether it is in any; if not it is left alone.
     """
 
-    facts: Facts
+    spec: ParamSpec
     layout: Layout
     piece: Piece
     group: dict[str, Any]

@@ -17,12 +17,12 @@ from sharded_adadiag.checkpoint.logical import (
     as_column,
     vector_layout,
 )
-from sharded_adadiag.integrations.parameters import is_distributed, local
+from sharded_adadiag.params.local import is_distributed, local
 from sharded_adadiag.plan.geometry import Layout, everywhere, only_on
-from sharded_adadiag.planning import MatrixPlan
+from sharded_adadiag.plan.matrices import MatrixPlan
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.step.engine import Engine
 
 
 class SavedState:
@@ -73,7 +73,7 @@ class SavedState:
         }
         everyone = self.members if saved and not partial else ()
         for i in sorted(set(everyone) - set(saved)):
-            name = self.engine.entries[i].facts.name
+            name = self.engine.entries[i].spec.name
             _warn(f"{name}: the loaded state has nothing of it; starts anew")
         wanted: list[tuple[int, StateTensor]] = []
         for i, values in saved.items():
@@ -132,7 +132,7 @@ class SavedState:
     def _in_place(self, i: int, tensor: StateTensor) -> StateTensor:
         """With the parameter's own regions for its saved form, if it has its shape."""
         entry = self.engine.entries[i]
-        if tensor.shape != entry.facts.shape:
+        if tensor.shape != entry.spec.shape:
             return tensor
         layout = entry.layout if i in self.matrices else tensor.layout
         return dataclasses.replace(tensor, saved=layout)
@@ -144,7 +144,7 @@ class SavedState:
         tensors = list(self._tensors(i))
         missing = sorted(t.key for t in tensors if t.key not in values)
         unknown = sorted(set(values) - {t.key for t in tensors} - {"step"})
-        name = self.engine.entries[i].facts.name
+        name = self.engine.entries[i].spec.name
         if unknown:
             _warn(f"{name}: {', '.join(unknown)} of the loaded state was dropped")
         if any(not key.startswith("rotation") for key in missing):
@@ -163,7 +163,7 @@ class SavedState:
         if i in self.matrices:
             yield from self._matrix_tensors(self.matrices[i])
             return
-        shape = entry.facts.shape
+        shape = entry.spec.shape
         rows, cols = matrix_shape(shape)
         layout = entry.layout
         if len(shape) < 2:
@@ -171,13 +171,13 @@ class SavedState:
         for key, value in entry.state().items():
             if key != "step":
                 yield StateTensor(
-                    entry.facts.name, key, shape, rows, cols, layout, value.dtype
+                    entry.spec.name, key, shape, rows, cols, layout, value.dtype
                 )
 
     def _matrix_tensors(self, m: MatrixPlan) -> Iterator[StateTensor]:
-        shape = self.engine.entries[m.index].facts.shape
+        shape = self.engine.entries[m.index].spec.shape
         moments = m.route.moments.layout
-        rows, cols = m.matrix.rows, m.matrix.cols
+        rows, cols = m.view.rows, m.view.cols
         for key, dims in m.moments.items():
             if dims == ("m", "n"):
                 yield self._tensor(m, key, shape, (rows, cols), moments)
@@ -207,7 +207,7 @@ class SavedState:
     ) -> StateTensor:
         rotation = key.startswith("rotation")
         dtype: torch.dtype = m.rotation_dtype if rotation else m.moment_dtype
-        return StateTensor(m.matrix.name, key, shape, *view, layout, dtype)
+        return StateTensor(m.view.name, key, shape, *view, layout, dtype)
 
 
 def _is_empty(value: Any) -> bool:

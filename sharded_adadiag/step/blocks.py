@@ -18,15 +18,15 @@ from sharded_adadiag.algorithm.basis import (
 from sharded_adadiag.algorithm.rotation import rotate, rotate_back
 from sharded_adadiag.algorithm.sums import PartialSum, run, together
 from sharded_adadiag.algorithm.update import install, moment_rule, rotations
-from sharded_adadiag.buckets import Bucket
 from sharded_adadiag.comm.exchange import window
-from sharded_adadiag.config import Options
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Hop
+from sharded_adadiag.options import Options
+from sharded_adadiag.plan.buckets import Bucket
+from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import everywhere, only_on
-from sharded_adadiag.planning import MatrixPlan
+from sharded_adadiag.plan.matrices import MatrixPlan
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.step.engine import Engine
 
 Pieces = list[Tensor]
 # Which bases are due together may differ from refresh to refresh.
@@ -97,7 +97,7 @@ class BlockUpdates:
             wire,
             dtypes,
             device=self.engine.device,
-            slot=f"hop {k} {'back' if back else 'there'}",
+            into=f"hop {k} {'back' if back else 'there'}",
         )
         for i, piece in zip(who, moved):
             work[i] = piece
@@ -145,7 +145,7 @@ class BlockUpdates:
                 [self.engine.state_of(m) for m in batch],
                 self.engine.options_of(batch[0], options),
                 [self.engine.time_of(m) for m in batch],
-                (batch[0].matrix.rows, batch[0].matrix.cols),
+                (batch[0].view.rows, batch[0].view.cols),
             )
             for batch in batches
         ]
@@ -196,7 +196,7 @@ class BlockUpdates:
                     ],
                     options,
                     [1] * len(batch),
-                    (m.matrix.rows, m.matrix.cols),
+                    (m.view.rows, m.view.cols),
                 )
             )
             splits.append(m.route.moments.split)
@@ -230,7 +230,7 @@ class BlockUpdates:
             if gram:
                 # Its own part of the piece: a replica has another.
                 own = next(s for s in m.route.stages if s.left or s.right).layout[rank]
-                block = window(piece, m.matrix.layout[rank], own, m.matrix.cols)
+                block = window(piece, m.view.layout[rank], own, m.view.cols)
                 sent.append(gram_matrix(block, left=m.left))
                 wire.append(torch.float64)
                 work.append(torch.float64)
@@ -239,7 +239,7 @@ class BlockUpdates:
                 wire.append(piece.dtype)
                 work.append(m.work_dtype)
         collected, _ = engine.exchange.run(
-            collect, sent, wire, work, device=engine.device, slot="collected"
+            collect, sent, wire, work, device=engine.device, into="collected"
         )
         found: list[Basis] = []
         failure: Exception | None = None
@@ -313,8 +313,8 @@ class BlockUpdates:
         sent, dtypes = [], []
         for m, basis in zip(matrices, found):
             for side, wanted, k in (
-                (basis.left, m.left, m.matrix.rows),
-                (basis.right, m.right, m.matrix.cols),
+                (basis.left, m.left, m.view.rows),
+                (basis.right, m.right, m.view.cols),
             ):
                 if wanted:
                     size = k if m.route.owner == rank else 0
@@ -329,7 +329,7 @@ class BlockUpdates:
             dtypes,
             device=device,
             status=status,
-            slot="rotations",
+            into="rotations",
         )
         arrivals = iter(arrived)
         for m, basis in zip(matrices, found):
@@ -360,21 +360,21 @@ def refresh_plans(
     """
     collect, distribute = [], []
     for m, gram in zip(matrices, by_gram):
-        rows, cols, owner = m.matrix.rows, m.matrix.cols, m.route.owner
+        rows, cols, owner = m.view.rows, m.view.cols, m.route.owner
         sizes = [k for k, wanted in ((rows, m.left), (cols, m.right)) if wanted]
         if gram:
             (k,) = sizes
             summands = everywhere(k, k, world_size)
             target = only_on(owner, k, k, world_size)
-            collect.append(Hop(k, summands, target, 8, summed=True))
+            collect.append(Move(k, summands, target, 8, summed=True))
         else:
             target = only_on(owner, rows, cols, world_size)
-            size = m.matrix.grad_itemsize
-            collect.append(Hop(cols, m.matrix.layout, target, size))
+            size = m.view.grad_itemsize
+            collect.append(Move(cols, m.view.layout, target, size))
         for k in sizes:
             source = only_on(owner, k, k, world_size)
             target = everywhere(k, k, world_size)
-            distribute.append(Hop(k, source, target, m.rotation_dtype.itemsize))
+            distribute.append(Move(k, source, target, m.rotation_dtype.itemsize))
     return (
         ExchangePlan(world_size, tuple(collect)),
         ExchangePlan(world_size, tuple(distribute)),

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sharded_adadiag.planning import MatrixPlan
+from sharded_adadiag.plan.matrices import MatrixPlan
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.step.engine import Engine
 
 # Matrices of one shape are updated together up to this many elements: enough to
 # keep a GPU busy, few enough to stay in a CPU's cache.
@@ -52,12 +52,12 @@ class Batches:
         full = []
         for m in (planned[i] for i in which):
             kind = (
-                (m.matrix.rows, m.matrix.cols, m.left, m.right, m.work_dtype),
+                (m.view.rows, m.view.cols, m.left, m.right, m.work_dtype),
                 id(self.engine.entries[m.index].group),
                 m.route.stages if m.route.kind == "broadcast" else None,
             )
             batch = growing.setdefault(kind, [])
             batch.append(m)
-            if (len(batch) + 1) * m.matrix.numel > limit:
+            if (len(batch) + 1) * m.view.numel > limit:
                 full.append(growing.pop(kind))
         return full + list(growing.values())

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.engine import Engine
-from sharded_adadiag.entry import Entry
-from sharded_adadiag.integrations import zero
-from sharded_adadiag.integrations.zero import STATE_KEY, Slice
-from sharded_adadiag.saved_state import SavedState
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.zero import partitions as zero
+from sharded_adadiag.zero.partitions import STATE_KEY, Fragment
 
 FLAT_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -36,15 +36,17 @@ class FlatStates:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._parts: dict[Tensor, list[tuple[Slice, int]]] = {}
+        self._parts: dict[Tensor, list[tuple[Fragment, int]]] = {}
         self._unverified: list[Tensor] = []
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def add(self, flat: Tensor, slices: list[Slice], places: Sequence[int]) -> None:
+    def add(
+        self, flat: Tensor, fragments: list[Fragment], places: Sequence[int]
+    ) -> None:
         """Note the parameters of a flat tensor and their positions in the engine."""
-        self._parts[flat] = list(zip(slices, places))
+        self._parts[flat] = list(zip(fragments, places))
         self._unverified.append(flat)
 
     def verify(self, comm: Communicator) -> None:
@@ -140,7 +142,7 @@ class FlatStates:
     def _saved(
         self,
         flat: Tensor,
-        parts: list[tuple[Slice, int]],
+        parts: list[tuple[Fragment, int]],
         engine: Engine,
         pieces: dict[int, dict[str, Tensor]],
     ) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
-from sharded_adadiag.algorithm.state import Method, rotated_sides
-from sharded_adadiag.config import OPTION_NAMES, Options, as_number
-from sharded_adadiag.integrations.parameters import logical_shape
+from sharded_adadiag.algorithm.state import Rule, rotated_sides
+from sharded_adadiag.options import OPTION_NAMES, Options, as_number
+from sharded_adadiag.params.local import logical_shape
 
 _LOGGER = logging.getLogger("sharded_adadiag")
 
@@ -37,7 +37,7 @@ _OTHER_KEYS = frozenset({
 
 
 def admit(
-    group: dict[str, Any], options: Iterable[str], told: set[str], method: Method
+    group: dict[str, Any], options: Iterable[str], told: set[str], method: Rule
 ) -> None:
     """Make a new group's options plain numbers and say which keys are not ours.
 
@@ -67,7 +67,7 @@ def admit(
 
 def warn_of_unsorted(
     groups: Iterable[dict[str, Any]],
-    method: Method,
+    method: Rule,
     is_named: Callable[[Tensor], bool],
 ) -> None:
     """Say that nobody has told matrices from embeddings and output heads.

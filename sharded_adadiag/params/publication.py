@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_adadiag.algorithm.state import Method
-from sharded_adadiag.config import Options
-from sharded_adadiag.integrations.parameters import Holding, Piece
-from sharded_adadiag.planning import Facts
+from sharded_adadiag.algorithm.state import Rule
+from sharded_adadiag.options import Options
+from sharded_adadiag.params.local import Holding, Piece
+from sharded_adadiag.plan.matrices import ParamSpec
 
 
 def names(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[str]:
@@ -41,7 +41,7 @@ def is_trained(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
-def check_parameter(name: str, param: Tensor, method: Method) -> None:
+def check_parameter(name: str, param: Tensor, method: Rule) -> None:
     """Refuse what no method can update.
 
     Args:
@@ -65,7 +65,7 @@ def check_parameter(name: str, param: Tensor, method: Method) -> None:
         )
 
 
-Published = tuple[str, list[tuple[Facts, Holding]]]
+Published = tuple[str, list[tuple[ParamSpec, Holding]]]
 
 
 def publish(find: Callable[[], list[Piece]]) -> tuple[list[Piece], Published]:
@@ -87,7 +87,7 @@ def publish(find: Callable[[], list[Piece]]) -> tuple[list[Piece], Published]:
             rotate = options.rotate and piece.rotate
             options = dataclasses.replace(options, lr=0.0, rotate=rotate)
             dtypes = piece.dtype, piece.grad_dtype
-            facts = Facts(piece.name, piece.holding.shape, *dtypes, options)
+            facts = ParamSpec(piece.name, piece.holding.shape, *dtypes, options)
             described.append((facts, piece.holding))
     except (NotImplementedError, ValueError) as error:
         return [], (str(error), [])

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharded_adadiag.group_options import Reading, differences
-from sharded_adadiag.replicas import check_presence, check_replicas, has_replicas
+from sharded_adadiag.step.group_options import Reading, differences
+from sharded_adadiag.step.replicas import check_presence, check_replicas, has_replicas
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.step.engine import Engine
 
 _NONFINITE, _SPARSE, _UNREDUCED, _WIDER = 1, 2, 3, 4
 _KINDS = 8
@@ -189,7 +189,7 @@ class Agreement:
             return _SPARSE
         if grad.numel() != entry.region.numel:
             return _UNREDUCED
-        planned = entry.facts.grad_dtype
+        planned = entry.spec.grad_dtype
         if torch.promote_types(grad.dtype, planned) != planned:
             return _WIDER
         return 0
@@ -218,7 +218,7 @@ class Agreement:
         fatal, problem = divmod(problem, _FATAL)
         index, kind = divmod(problem, _KINDS)
         entry = self.engine.entries[index]
-        name = entry.facts.name
+        name = entry.spec.name
         if kind == _SPARSE:
             raise RuntimeError(
                 f"{name}: {self.engine.method.name} does not support sparse gradients; "
@@ -234,7 +234,7 @@ class Agreement:
         if kind == _WIDER:
             raise RuntimeError(
                 f"{name}: on at least one rank its gradient is wider than "
-                f"{entry.facts.grad_dtype}, which was planned for; the step was "
+                f"{entry.spec.grad_dtype}, which was planned for; the step was "
                 "refused on every rank and nothing has changed; set the parameter's "
                 "grad_dtype before the first step"
             )

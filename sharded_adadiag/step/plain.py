@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sharded_adadiag.algorithm.adam import adam_directions
-from sharded_adadiag.algorithm.state import Method
-from sharded_adadiag.config import Options
-from sharded_adadiag.integrations.parameters import local
+from sharded_adadiag.algorithm.state import Rule
+from sharded_adadiag.options import Options
+from sharded_adadiag.params.local import local
 
 if TYPE_CHECKING:
-    from sharded_adadiag.entry import Entry
+    from sharded_adadiag.params.entry import Entry
 
 # torch's CPU kernel computes the entries after the last full vector with scalar code
 # that rounds otherwise. Where they are depends on how a tensor is sharded, so tensors
@@ -24,7 +24,7 @@ VECTOR_NUMEL = 64
 
 
 def plain_update(
-    method: Method, entries: Sequence[Entry], options: dict[int, Options]
+    method: Rule, entries: Sequence[Entry], options: dict[int, Options]
 ) -> None:
     """AdamW on local shards; without momentum the gradient is the first moment.
 

@@ -10,7 +10,7 @@ import torch
 from sharded_adadiag.plan.geometry import Layout
 
 if TYPE_CHECKING:
-    from sharded_adadiag.engine import Engine
+    from sharded_adadiag.step.engine import Engine
 
 # Replicas that drifted by rounding are of no concern, other weights are.
 TOLERANCE = 1e-3
@@ -51,7 +51,7 @@ def check_presence(
             lacks = [rank for rank in ranks if not everyone[rank][i]]
             if has and lacks:
                 raise RuntimeError(
-                    f"{entry.facts.name}: rank {has[0]} has a gradient of it and rank "
+                    f"{entry.spec.name}: rank {has[0]} has a gradient of it and rank "
                     f"{lacks[0]}, which holds the same part of it, has none; the step "
                     "was refused on every rank and nothing has changed; synchronise "
                     "the gradients of the ranks of process_group=, with zeros where a "
@@ -91,7 +91,7 @@ def check_replicas(engine: Engine, first: int = 0) -> None:
             for other in others:
                 if abs(everyone[other][i][0] - total) > TOLERANCE * norm:
                     raise ValueError(
-                        f"{entry.facts.name}: ranks {one} and {other} hold the same "
+                        f"{entry.spec.name}: ranks {one} and {other} hold the same "
                         "part of it with different values; synchronise the weights "
                         "before this step, or, if these ranks have parameters of "
                         "their own (experts, pipeline stages), pass process_group=, "

@@ -14,26 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_adadiag.agreement import Agreement
 from sharded_adadiag.algorithm.basis import Basis
-from sharded_adadiag.algorithm.state import Method, plain_moments
+from sharded_adadiag.algorithm.state import Rule, plain_moments
 from sharded_adadiag.algorithm.update import update
-from sharded_adadiag.bases import Bases
-from sharded_adadiag.batching import Batches
-from sharded_adadiag.blocks import BlockUpdates, refresh_plans
-from sharded_adadiag.buckets import Bucket, make_buckets
+from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
-from sharded_adadiag.config import Options
-from sharded_adadiag.entry import Entry
-from sharded_adadiag.exclusion import LOPSIDED
-from sharded_adadiag.group_options import GroupOptions
-from sharded_adadiag.integrations.parameters import local
-from sharded_adadiag.plain import plain_update
+from sharded_adadiag.options import Options
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.exclusion import LOPSIDED
+from sharded_adadiag.params.local import local
+from sharded_adadiag.plan.buckets import Bucket, make_buckets
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.planning import MatrixPlan, plan_matrices
-from sharded_adadiag.report import Report, make_report
-from sharded_adadiag.saved_state import SavedState
+from sharded_adadiag.plan.matrices import MatrixPlan, plan_matrices
+from sharded_adadiag.plan.report import Report, make_report
+from sharded_adadiag.step.agreement import Agreement
+from sharded_adadiag.step.bases import Bases
+from sharded_adadiag.step.batching import Batches
+from sharded_adadiag.step.blocks import BlockUpdates, refresh_plans
+from sharded_adadiag.step.group_options import GroupOptions
+from sharded_adadiag.step.plain import plain_update
 
 logger = logging.getLogger("sharded_adadiag")
 
@@ -47,7 +47,7 @@ class Engine:
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
     """
 
-    def __init__(self, method: Method, comm: Communicator, distribution: str) -> None:
+    def __init__(self, method: Rule, comm: Communicator, distribution: str) -> None:
         self.method = method
         self.comm = comm
         self.distribution = distribution
@@ -69,7 +69,7 @@ class Engine:
             entries: The new parameters.
         """
         matrices = plan_matrices(
-            [entry.facts for entry in entries],
+            [entry.spec for entry in entries],
             [entry.layout for entry in entries],
             method=self.method,
             world_size=self.comm.size,
@@ -121,21 +121,21 @@ class Engine:
                         state[key].fill_diagonal_(1.0)  # until the first basis
                 elif tuple(state[key].shape) != shape:
                     raise ValueError(
-                        f"{entry.facts.name}: loaded state {key!r} has shape "
+                        f"{entry.spec.name}: loaded state {key!r} has shape "
                         f"{tuple(state[key].shape)}, expected {shape}; a pickled "
                         "optimizer continues on one process only"
                     )
         self.mark_started()
 
     def _allocate_plain(self, entry: Entry, state: dict[str, Any]) -> None:
-        options = entry.facts.options
-        dtype = options.state_dtype or entry.facts.dtype
+        options = entry.spec.options
+        dtype = options.state_dtype or entry.spec.dtype
         for key in plain_moments(self.method, options):
             if key not in state:
                 state[key] = entry.piece.zeros_like(dtype)
             elif local(state[key]).shape != entry.param.shape:
                 raise ValueError(
-                    f"{entry.facts.name}: loaded state {key!r} has shape "
+                    f"{entry.spec.name}: loaded state {key!r} has shape "
                     f"{tuple(local(state[key]).shape)}, expected "
                     f"{tuple(entry.param.shape)}"
                 )
@@ -265,12 +265,12 @@ class Engine:
         """The local gradient in the shape of its region; zeros if there is none."""
         entry = self.entries[matrix.index]
         if grad is None:
-            dtype, device = entry.facts.grad_dtype, entry.param.device
+            dtype, device = entry.spec.grad_dtype, entry.param.device
             return torch.zeros(entry.region.shape, dtype=dtype, device=device)
-        piece = grad.reshape(entry.region.shape).to(entry.facts.grad_dtype)
+        piece = grad.reshape(entry.region.shape).to(entry.spec.grad_dtype)
         # Greater entries count as this: their squares overflow as it is, and what is
         # summed over them on the way (norms, products with a rotation) does not.
-        limit = torch.finfo(matrix.work_dtype).max / (2 * matrix.matrix.numel)
+        limit = torch.finfo(matrix.work_dtype).max / (2 * matrix.view.numel)
         largest = self.agreement.largest.get(matrix.index, math.inf)
         if min(largest, torch.finfo(piece.dtype).max) > limit:
             piece = piece.clamp(-limit, limit)
@@ -288,10 +288,10 @@ class Engine:
         """Gradients to their owners, the plain algorithm there, updates back."""
         gather, scatter = bucket.hops[0]
         work = [m.work_dtype for m in bucket.matrices]
-        wire = [self.entries[m.index].facts.grad_dtype for m in bucket.matrices]
+        wire = [self.entries[m.index].spec.grad_dtype for m in bucket.matrices]
         device = self.device
         full, _ = self.exchange.run(
-            gather, pieces, wire, work, device=device, slot="gathered"
+            gather, pieces, wire, work, device=device, into="gathered"
         )
 
         failure: Exception | None = None
@@ -306,7 +306,7 @@ class Engine:
             failure, status = error, 1 + self._computing
 
         back, statuses = self.exchange.run(
-            scatter, updates, work, work, device=device, status=status, slot="updates"
+            scatter, updates, work, work, device=device, status=status, into="updates"
         )
         self.raise_together(statuses, failure)
         return back
@@ -325,7 +325,7 @@ class Engine:
         """
         for rank, word in enumerate(statuses):
             if word:
-                name = self.entries[word - 1].facts.name
+                name = self.entries[word - 1].spec.name
                 raise RuntimeError(
                     f"{name}: its owner, rank {rank}, could not compute the update"
                     + (f": {failure}" if failure is not None else "")
@@ -375,11 +375,10 @@ def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:
         m
         for m in matrices
         if m.rotated
-        and max(m.matrix.rows, m.matrix.cols)
-        > LOPSIDED * min(m.matrix.rows, m.matrix.cols)
+        and max(m.view.rows, m.view.cols) > LOPSIDED * min(m.view.rows, m.view.cols)
     ]
     if lopsided:
-        first = lopsided[0].matrix
+        first = lopsided[0].view
         logger.warning(
             "%s: rotated as a %d x %d matrix, and %d more, over %d times as long as "
             "wide; if it is a stack of matrices or a table, put it in a group with "

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from sharded_adadiag.grouping import param_groups
 from sharded_adadiag.optimizer import RotatedOptimizer
+from sharded_adadiag.params.grouping import param_groups
 
 
 def model_factory(optimizer: type[RotatedOptimizer]) -> type[ModelFactory]:

@@ -1,0 +1,1 @@
+"""DeepSpeed, all of it: its flat partitions, its checkpoints, its way to name us."""
