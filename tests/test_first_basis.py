@@ -15,8 +15,9 @@ from test_parity import (
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sharded_adadiag import AdaDiag, bases
+from sharded_adadiag import AdaDiag
 from sharded_adadiag.algorithm.update import lacks_basis
+from sharded_adadiag.step import bases
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import Case, gradients
 from sharded_adadiag.testing.ranks import run_threads

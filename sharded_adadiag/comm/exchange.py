@@ -33,6 +33,13 @@ class Exchange:
         self.comm = comm
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
+    def start(self, plan, pieces, wire, work, *, device, status=0, into=""):  # type: ignore
+        out, statuses = self.run(
+            plan, pieces, wire, work, device=device, status=status, into=into
+        )
+        words = {r: w for r, w in enumerate(statuses) if w and r != self.comm.rank}
+        return Pending(plan, out, words, self.comm.rank)
+
     def run(
         self,
         plan: ExchangePlan,
@@ -170,6 +177,18 @@ class Exchange:
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
             self._buffers[name, device] = buffer
         return buffer[:size]
+
+
+class Pending:
+    def __init__(self, plan, out, words, rank):  # type: ignore
+        self.plan, self.out, self.words, self.rank = plan, out, words, rank
+
+    def finish(self, apart=()):  # type: ignore
+        out = [
+            [(hop.target[self.rank], value)] if i in apart else value
+            for i, (hop, value) in enumerate(zip(self.plan.hops, self.out))
+        ]
+        return out, self.words
 
 
 def _sizes(chunks: Sequence[Chunk], world_size: int) -> list[int]:

@@ -246,6 +246,13 @@ def only_on(rank: int, rows: int, cols: int, world_size: int) -> Layout:
     return Layout(world_size, ((full(rows, cols), range(rank, rank + 1)),))
 
 
+def on_team(team: Ranks, rows: int, cols: int, world_size: int) -> Layout:
+    """The layout in which some ranks hold everything, each a copy."""
+    if rows * cols == 0:
+        return Layout(world_size, ())
+    return Layout(world_size, ((full(rows, cols), team),))
+
+
 def intersect(a: Region, b: Region, cols: int) -> Region | None:
     """What two regions share.
 

@@ -56,7 +56,7 @@ class ParamSpec:
         return torch.promote_types(widest, torch.float32)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class MatrixPlan:
     """One matrix's part of the plan.
 

@@ -149,8 +149,8 @@ def make_report(engine: Engine) -> Report:
             )
         )
     agreement = engine.agreement.nbytes()
-    sums = [engine.sum_bytes(bucket) for bucket in engine.buckets]
-    refreshes = [engine.refresh_plans(bucket) for bucket in engine.buckets]
+    sums = engine.sum_bytes()
+    refreshes = engine.refresh_plans()
     plain = engine.comm.all_gather_object(engine.plain_bytes())
     ranks = []
     for rank in range(world_size):
@@ -161,9 +161,9 @@ def make_report(engine: Engine) -> Report:
                 len(owned),
                 plain[rank] + sum(m.state_bytes(rank) for m in matrices),
                 agreement
-                + sum(bucket.bytes_sent(rank) for bucket in engine.buckets)
+                + sum(round_.bytes_sent(rank) for round_ in engine.rounds)
                 + sum(sum(rounds) for rounds in sums),
-                sum(p.bytes_sent(rank) for plans in refreshes for p in plans),
+                sum(plan.bytes_sent(rank) for plan in refreshes),
                 sum(m.cost.refresh for m in owned),
                 sum(_step_share(m, rank) for m in matrices),
             )
@@ -173,9 +173,9 @@ def make_report(engine: Engine) -> Report:
         tuple(rows),
         tuple(ranks),
         int(agreement > 0)
-        + sum(bucket.num_collectives for bucket in engine.buckets)
+        + sum(round_.num_collectives for round_ in engine.rounds)
         + sum(len(rounds) for rounds in sums),
-        sum(not plan.is_local for plans in refreshes for plan in plans),
+        sum(not plan.is_local for plan in refreshes),
         sum(entry.member for entry in engine.entries) - len(matrices),
     )
 

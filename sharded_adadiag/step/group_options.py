@@ -6,13 +6,11 @@ import dataclasses
 import operator
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sharded_adadiag.options import PLANNED, STEERING, Options
-
-if TYPE_CHECKING:
-    from sharded_adadiag.params.entry import Entry
-    from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.plan.matrices import MatrixPlan
 
 _planned = operator.attrgetter(*PLANNED)
 _steering = operator.attrgetter(*STEERING)
@@ -37,21 +35,26 @@ class Reading(NamedTuple):
 
 
 class GroupOptions:
-    """Reads the options of an engine's groups, at every step.
+    """Reads the options of the param groups, at every step.
 
     Args:
-        engine: Whose entries say which groups there are.
+        entries: The parameters, which say what groups there are; the list grows as
+            more are planned.
+        matrices: The plan of those that are seen as matrices; grows likewise.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(
+        self, entries: Sequence[Entry], matrices: Sequence[MatrixPlan]
+    ) -> None:
+        self.entries = entries
+        self.matrices = matrices
         self.forget()
 
     def forget(self) -> None:
         """What was found is out of date: entries came, left or changed groups."""
         self._known: list[tuple[Any, ...]] | None = None
         self._fingerprint = 0
-        self._groups = {id(e.group): e.group for e in self.engine.entries if e.member}
+        self._groups = {id(e.group): e.group for e in self.entries if e.member}
 
     def read(self) -> Reading:
         """The options as they are now; no collective."""
@@ -84,20 +87,20 @@ class GroupOptions:
             (e.spec.name, number[id(e.group)], _steering(options[id(e.group)]))
             if e.member and id(e.group) in options
             else (e.spec.name, None, None)
-            for e in self.engine.entries
+            for e in self.entries
         ]
 
     def _first_of(self, key: int) -> str:
         return next(
             f"the param group of {e.spec.name}"
-            for e in self.engine.entries
+            for e in self.entries
             if e.member and id(e.group) == key
         )
 
     def _complaint(self, options: dict[int, Options]) -> str:
         """The first option that is not as planned."""
-        matrices = {m.index: m for m in self.engine.matrices}
-        for i, entry in enumerate(self.engine.entries):
+        matrices = {m.index: m for m in self.matrices}
+        for i, entry in enumerate(self.entries):
             if not entry.member:
                 continue
             now = options[id(entry.group)]

@@ -80,7 +80,7 @@ class FlatStates:
 
     def save(self, engine: Engine) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of each flat tensor; a collective."""
-        pieces = SavedState(engine).save_pieces()
+        pieces = SavedState(engine.entries, engine.matrices, engine.comm).save_pieces()
         return {
             flat: self._saved(flat, parts, engine, pieces)
             for flat, parts in self._parts.items()
@@ -100,7 +100,7 @@ class FlatStates:
                 fits = {key: part.of(state[key]) for key in FLAT_KEYS if key in state}
                 wanted = engine.entries[i].state()
                 values[i] = {k: v for k, v in fits.items() if k in wanted} | own
-        SavedState(engine).load_pieces(values)
+        SavedState(engine.entries, engine.matrices, engine.comm).load_pieces(values)
         engine.mark_loaded()
 
     def absorb(self, engine: Engine) -> None:
@@ -130,7 +130,9 @@ class FlatStates:
             for key in [key for key in state if key != STATE_KEY]:
                 del state[key]
         if left:
-            SavedState(engine).load_pieces(values, bases="due")
+            SavedState(engine.entries, engine.matrices, engine.comm).load_pieces(
+                values, bases="due"
+            )
             engine.mark_loaded()
             warnings.warn(
                 f"the universal checkpoint has no bases: those of "

@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
+from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.optimizer import RotatedOptimizer
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.step.engine import Engine
 
 
@@ -44,12 +45,12 @@ def portable_state_dict(engine: Any) -> dict[str, Any]:
         ValueError: At stage 0, where torch's own functions do.
     """
     with _flats_at_hand(engine) as (optimizer, plan):
-        logical = LogicalState(plan.comm, plan.device)
+        logical = LogicalState(plan.comm, device_of(plan.entries))
         tensors = [_weight(entry) for entry in plan.entries]
         weights = logical.save(tensors, [entry.param for entry in plan.entries])
         model = dict(zip((t.name for t in tensors), weights))
         model |= _untrained(engine.module, model)
-        states = plan.save_state()
+        states = SavedState(plan.entries, plan.matrices, plan.comm).save()
         groups = _groups(optimizer, plan)
     names = [entry.spec.name for entry in plan.entries]
     return {
@@ -85,12 +86,15 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
         missing = [name for name in [*names, *rest] if name not in weights]
         if missing:
             raise ValueError(f"{missing[0]}: the checkpoint has no such weight")
-        logical = LogicalState(plan.comm, plan.device)
+        logical = LogicalState(plan.comm, device_of(plan.entries))
         tensors = [_weight(entry) for entry in plan.entries]
         pieces = logical.load(tensors, [weights[name] for name in names])
         optimizer.state.clear()  # what the checkpoint lacks starts anew
         plan.allocate()
-        plan.load_state({i: states[n] for i, n in enumerate(names) if n in states})
+        SavedState(plan.entries, plan.matrices, plan.comm).load({
+            i: states[n] for i, n in enumerate(names) if n in states
+        })
+        plan.mark_loaded()
         for entry, piece in zip(plan.entries, pieces):
             entry.param.copy_(piece.view(entry.param.shape))
         optimizer._binding.skipped_steps = skipped
