@@ -104,9 +104,3 @@ def _bucket(matrices: Sequence[MatrixPlan], world_size: int) -> Bucket:
         hops.append((there, there.inverse([m.view.work_itemsize for m in some])))
         members.append(tuple(who))
     return Bucket(matrices[0].route.kind, tuple(matrices), tuple(hops), tuple(members))
-
-
-def _itemsize(matrix: MatrixPlan, k: int) -> int:
-    """Bytes of an element on hop k: of the gradient until a stage has rotated it."""
-    layout = matrix.view
-    return layout.grad_itemsize if matrix.route.raw(k) else layout.work_itemsize

@@ -14,10 +14,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from sharded_adadiag.plan.geometry import Layout, even_blocks, only_on, spread
+from sharded_adadiag.plan.geometry import Layout, Ranks, even_blocks, only_on, spread
 from sharded_adadiag.plan.layout import MatrixLayout, Storage
 
-Kind = Literal["owner", "broadcast"]
+Kind = Literal["owner", "team", "broadcast"]
 Split = Literal["none", "rows", "cols"]
 
 
@@ -44,13 +44,15 @@ class Route:
 
     Attributes:
         kind: Which distribution.
-        owner: The rank that computes its bases.
+        team: The ranks that work on it and keep its rotations, in ascending order.
+        owner: The head of the team, which computes its bases.
         stages: The first is the storage layout, the last holds the moments.
         basis_from: What the owner computes a basis from: the assembled
             ``"gradient"``, or the sum of the ranks' ``"gram"`` blocks.
     """
 
     kind: Kind
+    team: Ranks
     owner: int
     stages: tuple[Stage, ...]
     basis_from: Literal["gradient", "gram"] = "gradient"
@@ -66,14 +68,15 @@ class Route:
 
     def holds_rotations(self, rank: int) -> bool:
         """Whether a rank keeps a copy of the rotations."""
-        return self.kind == "broadcast" or rank == self.owner
+        return rank in self.team
 
 
 def owner_route(matrix: MatrixLayout, owner: int, *, left: bool, right: bool) -> Route:
     """The owner computes everything on the full matrix."""
     layout = only_on(owner, matrix.rows, matrix.cols, len(matrix.layout))
     storage = Stage(matrix.layout, "none")
-    return Route("owner", owner, (storage, Stage(layout, "none", left, right)))
+    team = range(owner, owner + 1)
+    return Route("owner", team, owner, (storage, Stage(layout, "none", left, right)))
 
 
 def broadcast_obstacle(matrix: MatrixLayout, *, two_sided_reproject: bool) -> str:
@@ -141,4 +144,5 @@ def broadcast_route(
     # Blocks that are whole on the one rotated side sum up to its Gram matrix.
     one_side_whole = storage is (Storage.ROWS if right else Storage.COLS)
     own_gram = basis == "eigh" and one_side_whole and left != right
-    return Route("broadcast", owner, stages, "gram" if own_gram else "gradient")
+    basis_from: Literal["gradient", "gram"] = "gram" if own_gram else "gradient"
+    return Route("broadcast", range(world_size), owner, stages, basis_from)
