@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharded_adadiag.plan.blocks import even_blocks
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose, step_bytes
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
@@ -14,7 +15,6 @@ from sharded_adadiag.plan.geometry import (
     Box,
     FlatRange,
     Layout,
-    even_blocks,
     everywhere,
     full,
     intersect,
