@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sharded_adadiag.options import Options
+from sharded_adadiag.plan.exchange_plan import ExchangePlan
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.plan import STEP_BYTES, Plan
+from sharded_adadiag.plan.refresh import refresh_plans
+from sharded_adadiag.plan.rounds import Part, Round
+
 if TYPE_CHECKING:
-    from sharded_adadiag.plan.matrices import MatrixPlan
     from sharded_adadiag.step.engine import Engine
 
 
@@ -123,67 +131,197 @@ class Report:
         )
 
 
-def make_report(engine: Engine) -> Report:
-    """The report of an engine's plan.
+def report_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Report:
+    """The report of a plan, without a word to other ranks.
 
     Args:
-        engine: With its states allocated.
+        plan: The plan.
+        sums: For each round, the bytes of each all-reduce of sums over blocks in an
+            ordinary step, as the rule asks for them. None: there are none.
 
     Returns:
         The report, equal on every rank.
     """
-    world_size = engine.comm.size
-    matrices = engine.members()
-    rows = []
-    for m in matrices:
-        sides = [s for s, wanted in (("left", m.left), ("right", m.right)) if wanted]
-        rows.append(
-            MatrixRow(
-                m.view.name,
-                m.view.rows,
-                m.view.cols,
-                "+".join(sides) or "-",
-                m.route.kind,
-                m.route.owner,
-                sum(m.state_bytes(rank) for rank in range(world_size)),
-            )
-        )
-    agreement = engine.agreement.nbytes()
-    sums = [engine.sum_bytes(bucket) for bucket in engine.buckets]
-    refreshes = [engine.refresh_plans(bucket) for bucket in engine.buckets]
-    plain = engine.comm.all_gather_object(engine.plain_bytes())
+    matrices = plan.members
+    state = state_bytes(plan)
+    work = step_work(plan)
+    summed = sum(map(sum, sums))
+    refreshes = refreshes_of(plan)
     ranks = []
-    for rank in range(world_size):
+    for rank in range(plan.world_size):
         owned = [m for m in matrices if m.route.owner == rank]
         ranks.append(
             RankRow(
                 rank,
                 len(owned),
-                plain[rank] + sum(m.state_bytes(rank) for m in matrices),
-                agreement
-                + sum(bucket.bytes_sent(rank) for bucket in engine.buckets)
-                + sum(sum(rounds) for rounds in sums),
-                sum(p.bytes_sent(rank) for plans in refreshes for p in plans),
+                state[rank],
+                plan.agreement_bytes
+                + sum(some.bytes_sent(rank) for some in plan.rounds)
+                + summed,
+                sum(p.bytes_sent(rank) for p in refreshes),
                 sum(m.cost.refresh for m in owned),
-                sum(_step_share(m, rank) for m in matrices),
+                work[rank],
             )
         )
     return Report(
-        engine.method.name,
-        tuple(rows),
+        plan.rule.name,
+        tuple(map(_matrix_row, matrices)),
         tuple(ranks),
-        int(agreement > 0)
-        + sum(bucket.num_collectives for bucket in engine.buckets)
-        + sum(len(rounds) for rounds in sums),
-        sum(not plan.is_local for plans in refreshes for plan in plans),
-        sum(entry.member for entry in engine.entries) - len(matrices),
+        int(plan.agreement_bytes > 0)
+        + sum(some.num_collectives for some in plan.rounds)
+        + sum(map(len, sums)),
+        sum(not p.is_local for p in refreshes),
+        len(plan.plain),
     )
 
 
-def _step_share(matrix: MatrixPlan, rank: int) -> int:
-    """A rank's part of a matrix's work in a step."""
-    here = matrix.route.moments.layout[rank].numel
-    return matrix.cost.step * here // max(matrix.view.numel, 1)
+def make_report(engine: Engine) -> Report:
+    """The report of an engine's plan.
+
+    Args:
+        engine: With its parameters planned.
+
+    Returns:
+        The report, equal on every rank.
+    """
+    specs = []
+    for entry in engine.entries:
+        now = Options.from_group(entry.group)
+        options = dataclasses.replace(
+            entry.spec.options, basis=now.basis, nonfinite=now.nonfinite
+        )
+        specs.append(dataclasses.replace(entry.spec, options=options))
+    plan = Plan(
+        engine.comm.size,
+        engine.method,
+        engine.distribution,
+        specs=tuple(specs),
+        layouts=tuple(entry.layout for entry in engine.entries),
+        matrices=tuple(engine.matrices),
+        rounds=tuple(
+            Round(
+                tuple(map(Part.all_of, bucket.matrices)),
+                engine.comm.size,
+                bucket.hops,
+                bucket.members,
+            )
+            for bucket in engine.buckets
+        ),
+        left_out=frozenset(i for i, e in enumerate(engine.entries) if not e.member),
+    )
+    return report_of(plan, [engine.sum_bytes(bucket) for bucket in engine.buckets])
+
+
+def state_bytes(plan: Plan) -> list[int]:
+    """Bytes of moments, rotations and step counts that each rank keeps.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        By rank.
+    """
+    everywhere = STEP_BYTES * (len(plan.specs) - len(plan.left_out))
+    own = [0] * plan.world_size
+    plain = Counter((plan.layouts[i], plan.plain_bytes(i)) for i in plan.plain)
+    for (layout, per_entry), count in plain.items():
+        for region, ranks in layout.pieces:
+            for rank in ranks:
+                own[rank] += count * per_entry * region.numel
+    for matrix, count in alike(plan.members):
+        idle, busy = _kept(matrix)
+        everywhere += count * idle
+        for rank, kept in busy.items():
+            own[rank] += count * (kept - idle)
+    return [everywhere + bytes_ for bytes_ in own]
+
+
+def _kept(matrix: MatrixPlan) -> tuple[int, dict[int, int]]:
+    """State bytes of a rank that has no part in a matrix, and of each that has."""
+    busy = set(matrix.route.team)
+    busy.update(r for _, some in matrix.route.moments.layout.pieces for r in some)
+    ranks = range(len(matrix.view.layout))
+    idle = next((rank for rank in ranks if rank not in busy), None)
+    return (
+        0 if idle is None else matrix.state_bytes(idle),
+        {rank: matrix.state_bytes(rank) for rank in sorted(busy)},
+    )
+
+
+def step_work(plan: Plan) -> list[int]:
+    """Multiply-adds that each rank makes in an ordinary step.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        By rank; parameters that are updated where they lie do not count.
+    """
+    total = [0] * plan.world_size
+    for matrix, count in alike(plan.members):
+        for region, ranks in matrix.route.moments.layout.pieces:
+            share = matrix.cost.step * region.numel // matrix.view.numel
+            for rank in ranks:
+                total[rank] += count * share
+    return total
+
+
+def alike(matrices: Sequence[MatrixPlan]) -> list[tuple[MatrixPlan, int]]:
+    """Matrices of which every rank keeps and works the same, counted together.
+
+    Args:
+        matrices: Of one plan.
+
+    Returns:
+        One of each kind, and how many there are of it.
+    """
+    kinds: dict[tuple[object, ...], list[MatrixPlan]] = {}
+    for m in matrices:
+        dtypes = m.moment_dtype, m.rotation_dtype
+        sizes = m.view.rows, m.view.cols, m.left, m.right, m.cost
+        kinds.setdefault((m.route, *dtypes, *sizes, *m.moments), []).append(m)
+    return [(some[0], len(some)) for some in kinds.values()]
+
+
+def refreshes_of(plan: Plan) -> list[ExchangePlan]:
+    """The exchanges of a refresh of every basis.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        None of bases that only their owner applies.
+    """
+    exchanges: list[ExchangePlan] = []
+    seen: set[int] = set()
+    for some in plan.rounds:
+        due = [
+            part.matrix
+            for part in some.parts
+            if part.matrix.rotated
+            and part.matrix.route.kind != "owner"
+            and part.matrix.index not in seen
+        ]
+        if due:
+            seen.update(m.index for m in due)
+            basis = [plan.specs[m.index].options.basis for m in due]
+            by_gram = [m.by_gram(method) for m, method in zip(due, basis)]
+            exchanges.extend(refresh_plans(due, by_gram, plan.world_size))
+    return exchanges
+
+
+def _matrix_row(matrix: MatrixPlan) -> MatrixRow:
+    sides = [side for side in ("left", "right") if getattr(matrix, side)]
+    idle, busy = _kept(matrix)
+    return MatrixRow(
+        matrix.view.name,
+        matrix.view.rows,
+        matrix.view.cols,
+        "+".join(sides) or "-",
+        matrix.route.kind,
+        matrix.route.owner,
+        idle * (len(matrix.view.layout) - len(busy)) + sum(busy.values()),
+    )
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -21,9 +21,9 @@ from sharded_adadiag.algorithm.update import install, moment_rule, rotations
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.options import Options
 from sharded_adadiag.plan.buckets import Bucket
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import everywhere, only_on
+from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.refresh import refresh_plans
 
 if TYPE_CHECKING:
     from sharded_adadiag.step.engine import Engine
@@ -343,42 +343,6 @@ class BlockUpdates:
             self.engine.bases.note(m, new)
             install(self.engine.state_of(m), new, self.engine.options_of(m, options))
         return statuses
-
-
-def refresh_plans(
-    matrices: Sequence[MatrixPlan], by_gram: Sequence[bool], world_size: int
-) -> tuple[ExchangePlan, ExchangePlan]:
-    """What a refresh moves: to the owners, and the rotations to all ranks.
-
-    Args:
-        matrices: Those whose bases are due.
-        by_gram: Whether each is computed from Gram blocks.
-        world_size: Number of ranks.
-
-    Returns:
-        The two exchanges.
-    """
-    collect, distribute = [], []
-    for m, gram in zip(matrices, by_gram):
-        rows, cols, owner = m.view.rows, m.view.cols, m.route.owner
-        sizes = [k for k, wanted in ((rows, m.left), (cols, m.right)) if wanted]
-        if gram:
-            (k,) = sizes
-            summands = everywhere(k, k, world_size)
-            target = only_on(owner, k, k, world_size)
-            collect.append(Move(k, summands, target, 8, summed=True))
-        else:
-            target = only_on(owner, rows, cols, world_size)
-            size = m.view.grad_itemsize
-            collect.append(Move(cols, m.view.layout, target, size))
-        for k in sizes:
-            source = only_on(owner, k, k, world_size)
-            target = everywhere(k, k, world_size)
-            distribute.append(Move(k, source, target, m.rotation_dtype.itemsize))
-    return (
-        ExchangePlan(world_size, tuple(collect)),
-        ExchangePlan(world_size, tuple(distribute)),
-    )
 
 
 def _rotates(matrix: MatrixPlan, k: int) -> bool:

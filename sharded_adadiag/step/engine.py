@@ -27,11 +27,12 @@ from sharded_adadiag.params.local import local
 from sharded_adadiag.plan.buckets import Bucket, make_buckets
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.matrices import MatrixPlan, plan_matrices
+from sharded_adadiag.plan.refresh import refresh_plans
 from sharded_adadiag.plan.report import Report, make_report
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.bases import Bases
 from sharded_adadiag.step.batching import Batches
-from sharded_adadiag.step.blocks import BlockUpdates, refresh_plans
+from sharded_adadiag.step.blocks import BlockUpdates
 from sharded_adadiag.step.group_options import GroupOptions
 from sharded_adadiag.step.plain import plain_update
 
