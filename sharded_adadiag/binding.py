@@ -24,7 +24,7 @@ from sharded_adadiag.zero import partitions as zero
 from sharded_adadiag.zero.flat import FlatStates
 
 # What a rank may use for exchanges, unless told otherwise.
-BUFFER_BYTES = 1 << 26
+BUFFER_BYTES = 48 << 20
 
 
 class _Found(NamedTuple):
@@ -355,7 +355,7 @@ class Binding:
 
 
 def _saved_state(engine: Engine) -> SavedState:
-    return SavedState(engine.entries, engine.matrices, engine.comm)
+    return SavedState(engine.entries, engine.plan.matrices, engine.comm)
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:

@@ -20,6 +20,8 @@ Distribution = Literal["auto", "owner", "broadcast"]
 
 DTYPE_OPTIONS = frozenset({"state_dtype", "rotation_dtype"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
+# What the exchanges of a step may take on each rank unless the user says otherwise.
+BUFFER_BYTES = 48 << 20
 
 
 def _planned(default: Any) -> Any:

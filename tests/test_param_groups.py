@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag, param_groups
 from sharded_adadiag.options import OPTION_NAMES, PLANNED
-from sharded_adadiag.step.refresh import PLANS_KEPT, refresh_plans
+from sharded_adadiag.plan.refresh import PLANS_KEPT, refresh_plans
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_threads
 
@@ -341,7 +341,7 @@ def from_gram_blocks(rank: int) -> None:
         step(one, its, number)
         for group in [*opt.param_groups, *one.param_groups]:
             group["basis"] = "svd" if number == 1 else group["basis"]
-    assert any(m.route.basis_from == "gram" for m in opt._binding._engine.matrices)
+    assert any(m.route.basis_from == "gram" for m in opt._binding._engine.plan.matrices)
     for name, value in values(its).items():
         torch.testing.assert_close(values(named)[name], value, atol=1e-5, rtol=0.0)
 

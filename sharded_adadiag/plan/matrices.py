@@ -56,7 +56,7 @@ class ParamSpec:
         return torch.promote_types(widest, torch.float32)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MatrixPlan:
     """One matrix's part of the plan.
 
@@ -83,6 +83,9 @@ class MatrixPlan:
     rotation_dtype: torch.dtype
     work_dtype: torch.dtype
     moments: dict[str, tuple[str, ...]]
+
+    def __hash__(self) -> int:
+        return self.index
 
     @property
     def rotated(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from sharded_adadiag.plan.matrices import MatrixPlan
-    from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.plan.exchange_plan import ExchangePlan
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.plan import STEP_BYTES, Plan
+from sharded_adadiag.plan.refresh import refresh_groups, refresh_plans
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,67 +125,150 @@ class Report:
         )
 
 
-def make_report(engine: Engine) -> Report:
-    """The report of an engine's plan.
+def report_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Report:
+    """The report of a plan, without a word to other ranks.
 
     Args:
-        engine: With its states allocated.
+        plan: The plan.
+        sums: For each round, the bytes of each all-reduce of sums over blocks in an
+            ordinary step, as the rule asks for them. None: there are none.
 
     Returns:
         The report, equal on every rank.
     """
-    world_size = engine.comm.size
-    matrices = engine.members()
-    rows = []
-    for m in matrices:
-        sides = [s for s, wanted in (("left", m.left), ("right", m.right)) if wanted]
-        rows.append(
-            MatrixRow(
-                m.view.name,
-                m.view.rows,
-                m.view.cols,
-                "+".join(sides) or "-",
-                m.route.kind,
-                m.route.owner,
-                sum(m.state_bytes(rank) for rank in range(world_size)),
-            )
-        )
-    agreement = engine.agreement.nbytes()
-    sums = engine.sum_bytes()
-    refreshes = engine.refresh_plans()
-    plain = engine.comm.all_gather_object(engine.plain_bytes())
+    matrices = plan.members
+    state = state_bytes(plan)
+    work = step_work(plan)
+    summed = sum(map(sum, sums))
+    refreshes = refreshes_of(plan)
     ranks = []
-    for rank in range(world_size):
+    for rank in range(plan.world_size):
         owned = [m for m in matrices if m.route.owner == rank]
         ranks.append(
             RankRow(
                 rank,
                 len(owned),
-                plain[rank] + sum(m.state_bytes(rank) for m in matrices),
-                agreement
-                + sum(round_.bytes_sent(rank) for round_ in engine.rounds)
-                + sum(sum(rounds) for rounds in sums),
-                sum(plan.bytes_sent(rank) for plan in refreshes),
+                state[rank],
+                plan.agreement_bytes
+                + sum(some.bytes_sent(rank) for some in plan.rounds)
+                + summed,
+                sum(p.bytes_sent(rank) for p in refreshes),
                 sum(m.cost.refresh for m in owned),
-                sum(_step_share(m, rank) for m in matrices),
+                work[rank],
             )
         )
     return Report(
-        engine.method.name,
-        tuple(rows),
+        plan.rule.name,
+        tuple(map(_matrix_row, matrices)),
         tuple(ranks),
-        int(agreement > 0)
-        + sum(round_.num_collectives for round_ in engine.rounds)
-        + sum(len(rounds) for rounds in sums),
-        sum(not plan.is_local for plan in refreshes),
-        sum(entry.member for entry in engine.entries) - len(matrices),
+        int(plan.agreement_bytes > 0)
+        + sum(some.num_collectives for some in plan.rounds)
+        + sum(map(len, sums)),
+        sum(not p.is_local for p in refreshes),
+        len(plan.plain),
     )
 
 
-def _step_share(matrix: MatrixPlan, rank: int) -> int:
-    """A rank's part of a matrix's work in a step."""
-    here = matrix.route.moments.layout[rank].numel
-    return matrix.cost.step * here // max(matrix.view.numel, 1)
+def state_bytes(plan: Plan) -> list[int]:
+    """Bytes of moments, rotations and step counts that each rank keeps.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        By rank.
+    """
+    everywhere = STEP_BYTES * (len(plan.specs) - len(plan.left_out))
+    own = [0] * plan.world_size
+    plain = Counter((plan.layouts[i], plan.plain_bytes(i)) for i in plan.plain)
+    for (layout, per_entry), count in plain.items():
+        for region, ranks in layout.pieces:
+            for rank in ranks:
+                own[rank] += count * per_entry * region.numel
+    for matrix, count in alike(plan.members):
+        idle, busy = _kept(matrix)
+        everywhere += count * idle
+        for rank, kept in busy.items():
+            own[rank] += count * (kept - idle)
+    return [everywhere + bytes_ for bytes_ in own]
+
+
+def _kept(matrix: MatrixPlan) -> tuple[int, dict[int, int]]:
+    """State bytes of a rank that has no part in a matrix, and of each that has."""
+    busy = set(matrix.route.team)
+    busy.update(r for _, some in matrix.route.moments.layout.pieces for r in some)
+    ranks = range(len(matrix.view.layout))
+    idle = next((rank for rank in ranks if rank not in busy), None)
+    return (
+        0 if idle is None else matrix.state_bytes(idle),
+        {rank: matrix.state_bytes(rank) for rank in sorted(busy)},
+    )
+
+
+def step_work(plan: Plan) -> list[int]:
+    """Multiply-adds that each rank makes in an ordinary step.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        By rank; parameters that are updated where they lie do not count.
+    """
+    total = [0] * plan.world_size
+    for matrix, count in alike(plan.members):
+        for region, ranks in matrix.route.moments.layout.pieces:
+            share = matrix.cost.step * region.numel // matrix.view.numel
+            for rank in ranks:
+                total[rank] += count * share
+    return total
+
+
+def alike(matrices: Sequence[MatrixPlan]) -> list[tuple[MatrixPlan, int]]:
+    """Matrices of which every rank keeps and works the same, counted together.
+
+    Args:
+        matrices: Of one plan.
+
+    Returns:
+        One of each kind, and how many there are of it.
+    """
+    kinds: dict[tuple[object, ...], list[MatrixPlan]] = {}
+    for m in matrices:
+        dtypes = m.moment_dtype, m.rotation_dtype
+        sizes = m.view.rows, m.view.cols, m.left, m.right, m.cost
+        kinds.setdefault((m.route, *dtypes, *sizes, *m.moments), []).append(m)
+    return [(some[0], len(some)) for some in kinds.values()]
+
+
+def refreshes_of(plan: Plan) -> list[ExchangePlan]:
+    """The exchanges of a refresh of every basis.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        None for bases that a rank computes from what it has in a round.
+    """
+    exchanges: list[ExchangePlan] = []
+    for due in refresh_groups(plan.shared, plan.buffer_bytes):
+        basis = [plan.specs[m.index].options.basis for m in due]
+        by_gram = tuple(m.by_gram(method) for m, method in zip(due, basis))
+        exchanges.extend(refresh_plans(tuple(due), by_gram, plan.world_size))
+    return exchanges
+
+
+def _matrix_row(matrix: MatrixPlan) -> MatrixRow:
+    sides = [side for side in ("left", "right") if getattr(matrix, side)]
+    idle, busy = _kept(matrix)
+    return MatrixRow(
+        matrix.view.name,
+        matrix.view.rows,
+        matrix.view.cols,
+        "+".join(sides) or "-",
+        matrix.route.kind,
+        matrix.route.owner,
+        idle * (len(matrix.view.layout) - len(busy)) + sum(busy.values()),
+    )
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

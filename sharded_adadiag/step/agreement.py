@@ -70,7 +70,7 @@ class Agreement:
         self.entries = entries
         self.group_options = group_options
         self.bases = bases
-        self.watched: list[MatrixPlan] = []
+        self.watched: Sequence[MatrixPlan] = ()
         self.lacking: dict[int, bool] = {}
         self.started = False
         self.compared = 0

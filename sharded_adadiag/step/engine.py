@@ -6,6 +6,7 @@ pipeline calls `algorithm`).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -18,11 +19,11 @@ from sharded_adadiag.comm.jobs import Failures, Job, drive
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import LOPSIDED
-from sharded_adadiag.params.local import local
-from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.plan.matrices import MatrixPlan, plan_matrices
-from sharded_adadiag.plan.report import Report, make_report
-from sharded_adadiag.plan.rounds import Part, Round, make_rounds
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.plan import Plan
+from sharded_adadiag.plan.refresh import refresh_groups
+from sharded_adadiag.plan.report import Report, report_of
+from sharded_adadiag.plan.rounds import Part
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
 from sharded_adadiag.step.bases import KnownBases
@@ -31,7 +32,7 @@ from sharded_adadiag.step.context import Step
 from sharded_adadiag.step.group_options import GroupOptions
 from sharded_adadiag.step.pipeline import run_round, sum_bytes
 from sharded_adadiag.step.plain import plain_update
-from sharded_adadiag.step.refresh import groups, refresh_plans, refresh_together
+from sharded_adadiag.step.refresh import refresh_together
 
 logger = logging.getLogger("sharded_adadiag")
 
@@ -40,38 +41,29 @@ class Engine:
     """The plan of an optimizer and the machinery that carries it out.
 
     Args:
-        method: The optimizer.
+        rule: The optimizer.
         comm: The ranks that share the parameters.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What a rank may use for what is on its way.
+        buffer_bytes: What the exchanges of a step may take on a rank.
 
     Attributes:
-        entries: Every parameter, planned and not forgotten; positions are for ever.
-        matrices: The plan of those that are seen as matrices.
-        rounds: What is worked on together, in order.
-        shared: Rotated matrices of which no rank has the whole gradient in a round.
+        entries: Every planned parameter; their positions never change.
+        plan: What every rank keeps, computes and sends.
     """
 
     def __init__(
-        self, method: Rule, comm: Communicator, distribution: str, buffer_bytes: int
+        self, rule: Rule, comm: Communicator, distribution: str, buffer_bytes: int
     ) -> None:
-        self.method = method
         self.comm = comm
-        self.distribution = distribution
-        self.buffer_bytes = buffer_bytes
         self.exchange = Exchange(comm)
         self.entries: list[Entry] = []
-        self.matrices: list[MatrixPlan] = []
-        self.rounds: list[Round] = []
-        self.shared: list[MatrixPlan] = []
         self.bases = KnownBases()
         self.failures = Failures(comm)
-        self.group_options = GroupOptions(self.entries, self.matrices)
+        self.group_options = GroupOptions(self.entries)
         self.agreement = Agreement(
-            method.name, comm, self.entries, self.group_options, self.bases
+            rule.name, comm, self.entries, self.group_options, self.bases
         )
-        self._batches: list[list[list[Part]]] = []
-        self._device_type = ""
+        self._follow(Plan(comm.size, rule, distribution, buffer_bytes))
 
     def extend(self, entries: Sequence[Entry]) -> None:
         """Plan further parameters; those planned before keep their owners and state.
@@ -79,42 +71,27 @@ class Engine:
         Args:
             entries: The new parameters.
         """
-        matrices = plan_matrices(
-            [entry.spec for entry in entries],
-            [entry.layout for entry in entries],
-            method=self.method,
-            world_size=self.comm.size,
-            distribution=self.distribution,
-            first_index=len(self.entries),
-            planned=self.matrices,
+        known = len(self.plan.matrices)
+        plan = self.plan.extended(
+            [entry.spec for entry in entries], [entry.layout for entry in entries]
         )
-        self.entries.extend(entries)
-        self.matrices.extend(matrices)
         if self.comm.rank == 0:
-            _warn_of_lopsided(matrices)
-        self.regroup()
-
-    def members(self) -> list[MatrixPlan]:
-        """The matrices that are in a param group."""
-        return [m for m in self.matrices if self.entries[m.index].member]
+            _warn_of_lopsided(plan.matrices[known:])
+        self.entries.extend(entries)
+        self._follow(plan)
 
     def regroup(self) -> None:
-        """Make the rounds for the parameters that are in the param groups now."""
-        self.rounds = make_rounds(self.members(), self.comm.size, self.buffer_bytes)
-        self._device_type = ""
-        shared = [
-            part.matrix
-            for round_ in self.rounds
-            for part in round_.parts
-            if part.matrix.rotated
-            and (part.matrix.route.kind != "owner" or not part.whole)
-        ]
-        self.shared = list(dict.fromkeys(shared))
-        if self.comm.size > 1:
-            self.agreement.watched = [
-                m for m in self.shared if m.route.kind != "broadcast"
-            ]
-        self.group_options.forget()
+        """Take note that parameters left, came back, or changed groups."""
+        left_out = [i for i, entry in enumerate(self.entries) if not entry.member]
+        self._follow(self.plan.without(left_out))
+
+    def _follow(self, plan: Plan) -> None:
+        """Go by a plan from now on: what a step would else look up is listed here."""
+        self.plan = plan
+        self.shared = plan.shared
+        self.agreement.watched = plan.watched
+        self.group_options.follow(plan.matrices)
+        self._device_type = ""  # makes the batches anew
 
     def allocate(self) -> None:
         """Create every state tensor that is missing, with the same keys on all ranks.
@@ -122,7 +99,7 @@ class Engine:
         Raises:
             ValueError: If an unpickled state tensor has another shape than planned.
         """
-        allocate(self.entries, self.matrices, self.method, self.comm.rank)
+        allocate(self.entries, self.plan.matrices, self.plan.rule, self.comm.rank)
         self.mark_started()
 
     def mark_loaded(self) -> None:
@@ -162,7 +139,7 @@ class Engine:
         if present is None:
             return not self.agreement.unplanned
         step = Step(
-            self.method,
+            self.plan.rule,
             self.comm.rank,
             self.comm.size,
             device_of(self.entries),
@@ -174,16 +151,14 @@ class Engine:
             self.bases,
             self.agreement.lacking,
         )
-        others = set(range(len(present)))
-        for m in self.matrices:
-            others.discard(m.index)
+        for m in self.plan.members:
             if present[m.index]:
                 self.entries[m.index].state()["step"] += 1
         self._run(step, self._refreshes(step))
         self._run(step, self._round_jobs(step))
         self.failures.raise_noted([entry.spec.name for entry in self.entries])
-        plain = [self.entries[i] for i in sorted(others) if present[i]]
-        plain_update(self.method, plain, now.options)
+        plain = [self.entries[i] for i in self.plan.plain if present[i]]
+        plain_update(self.plan.rule, plain, now.options)
         return True
 
     def _run(self, step: Step, jobs: Iterator[Job]) -> None:
@@ -192,12 +167,12 @@ class Engine:
     def _refreshes(self, step: Step) -> Iterator[Job]:
         """New bases of what no rank works on whole, before anything is updated."""
         due = [m for m in self.shared if step.refresh_due(m)]
-        for group in groups(due, self.buffer_bytes):
+        for group in refresh_groups(due, self.plan.buffer_bytes):
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:
         batches = self._batched(step.device)
-        for round_, some in zip(self.rounds, batches):
+        for round_, some in zip(self.plan.rounds, batches):
             if any(step.present[part.matrix.index] for part in round_.parts):
                 yield run_round(step, round_, some, self.failures)
 
@@ -207,57 +182,36 @@ class Engine:
             self._device_type = device.type
             self._batches = [
                 make_batches(round_, self.comm.rank, device.type)
-                for round_ in self.rounds
+                for round_ in self.plan.rounds
             ]
         return self._batches
 
     def report(self) -> Report:
         """What every rank computes, keeps and sends."""
-        return make_report(self)
-
-    def plain_bytes(self) -> int:
-        """Bytes that this rank keeps besides the moments and rotations of matrices."""
-        whole = {matrix.index for matrix in self.matrices}
-        return sum(
-            local(value).nbytes
-            for i, entry in enumerate(self.entries)
-            if entry.member
-            for key, value in entry.state().items()
-            if key == "step" or i not in whole
-        )
-
-    def refresh_plans(self) -> list[ExchangePlan]:
-        """The exchanges of a refresh of every basis."""
-        found: list[ExchangePlan] = []
-        for group in groups(self.shared, self.buffer_bytes):
-            basis = [self.entries[m.index].group["basis"] for m in group]
-            by_gram = tuple(m.by_gram(b) for m, b in zip(group, basis))
-            found.extend(refresh_plans(tuple(group), by_gram, self.comm.size))
-        return found
-
-    def sum_bytes(self) -> list[list[int]]:
-        """Bytes of each all-reduce of sums over blocks in a step, by round."""
-        groups_ = {id(e.group): e.group for e in self.entries if e.member}
-        options = {key: Options.from_group(group) for key, group in groups_.items()}
-        everyone = [True] * len(self.entries)
-        rank, device = self.comm.rank, device_of(self.entries)
-        step = Step(
-            self.method,
-            rank,
+        groups = {id(e.group): e.group for e in self.entries if e.member}
+        options = {key: Options.from_group(group) for key, group in groups.items()}
+        specs = [
+            dataclasses.replace(
+                e.spec, options=options[id(e.group)] if e.member else e.spec.options
+            )
+            for e in self.entries
+        ]
+        plan = dataclasses.replace(self.plan, specs=tuple(specs))
+        rehearsed = Step(
+            self.plan.rule,
+            self.comm.rank,
             self.comm.size,
-            device,
+            torch.device("meta"),
             self.entries,
             options,
             [],
             {},
-            everyone,
+            [True] * len(self.entries),
             self.bases,
             {},
         )
-        return [
-            sum_bytes(step, batches, lambda part: part.matrix.state_shapes(rank))
-            for batches in self._batched(device)
-        ]
+        batches = self._batched(device_of(self.entries))
+        return report_of(plan, [sum_bytes(rehearsed, some) for some in batches])
 
 
 def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:

@@ -40,18 +40,19 @@ class GroupOptions:
     Args:
         entries: The parameters, which say what groups there are; the list grows as
             more are planned.
-        matrices: The plan of those that are seen as matrices; grows likewise.
     """
 
-    def __init__(
-        self, entries: Sequence[Entry], matrices: Sequence[MatrixPlan]
-    ) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
-        self.matrices = matrices
-        self.forget()
+        self.follow(())
 
-    def forget(self) -> None:
-        """What was found is out of date: entries came, left or changed groups."""
+    def follow(self, matrices: Sequence[MatrixPlan]) -> None:
+        """Look anew: parameters came, left or changed groups.
+
+        Args:
+            matrices: The plan of those that are seen as matrices.
+        """
+        self.matrices = matrices
         self._known: list[tuple[Any, ...]] | None = None
         self._fingerprint = 0
         self._groups = {id(e.group): e.group for e in self.entries if e.member}

@@ -10,7 +10,7 @@ works on its own block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from sharded_adadiag.algorithm.rotation import rotate, rotate_back
 from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
 from sharded_adadiag.algorithm.update import rotations, update
 from sharded_adadiag.comm.jobs import Failures, Job, Sum, Transfer
+from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.rounds import Part, Round
 from sharded_adadiag.step.context import Batches, Step
 from sharded_adadiag.step.refresh import refresh_here
@@ -136,13 +137,30 @@ def _update(
 
     def keep(batch: Sequence[Part], results: Sequence[Tensor]) -> None:
         for part, result in zip(batch, results):
-            work[place[id(part)]] = result
+            if step.rank in part.matrix.route.team:
+                work[place[id(part)]] = result
 
     waiting: list[tuple[Sequence[Part], Sums[list[Tensor]]]] = []
     for batch in batches:
-        with failures.carried(batch[0].matrix.index):
-            rule = _begun(step, batch, [work[place[id(part)]] for part in batch])
-            if step.sums(batch[0].matrix):
+        m = batch[0].matrix
+        here = step.rank in m.route.team
+        with failures.carried(m.index):
+            if here:
+                grads = [work[place[id(part)]].to(m.work_dtype) for part in batch]
+                states = [step.state_of(part) for part in batch]
+            else:
+                grads, states = _nothing_of(m, len(batch), step.device)
+            rule = update(
+                grads,
+                states,
+                method=step.rule,
+                options=step.options_of(m),
+                steps=[step.count(part.matrix) for part in batch],
+                shape=(m.view.rows, m.view.cols),
+                left=here and m.route.moments.left,
+                right=here and m.route.moments.right,
+            )
+            if step.sums(m):
                 waiting.append((batch, rule))
             else:
                 keep(batch, _on_whole_matrices(rule))
@@ -154,20 +172,34 @@ def _update(
             keep(batch, some)
 
 
-def _begun(step: Step, batch: Sequence[Part], grads: Sequence[Tensor]) -> Any:
-    """The rule of a batch, about to run."""
-    m = batch[0].matrix
-    stage = m.route.moments
-    return update(
-        [grad.to(m.work_dtype) for grad in grads],
-        [step.state_of(part) for part in batch],
-        method=step.rule,
-        options=step.options_of(m),
-        steps=[step.count(part.matrix) for part in batch],
-        shape=(m.view.rows, m.view.cols),
-        left=stage.left,
-        right=stage.right,
-    )
+def _nothing_of(
+    matrix: MatrixPlan, count: int, device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Gradients and states without entries, for sums that all ranks take part in.
+
+    Along the dimension that the team does not divide they have the full length.
+
+    Args:
+        matrix: The matrix.
+        count: How many of its kind.
+        device: Where they shall be.
+
+    Returns:
+        Gradients, and states that have moments and no rotations.
+    """
+    rows, cols = matrix.view.rows, matrix.view.cols
+    shape = (0, cols) if matrix.route.moments.split == "rows" else (rows, 0)
+    sizes = dict(zip("mn", shape))
+    dtype = matrix.work_dtype
+    grads = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
+    states = [
+        {
+            key: torch.zeros([sizes[d] for d in dims], dtype=dtype, device=device)
+            for key, dims in matrix.moments.items()
+        }
+        for _ in range(count)
+    ]
+    return grads, states
 
 
 def _on_whole_matrices(rule: Sums[list[Tensor]]) -> list[Tensor]:
@@ -205,15 +237,12 @@ def _crossing(asked: Sequence[PartialSum], splits: Sequence[str]) -> list[int]:
     ]
 
 
-def sum_bytes(
-    step: Step, batches: Batches, shapes: Callable[[Part], dict[str, Any]]
-) -> list[int]:
+def sum_bytes(step: Step, batches: Batches) -> list[int]:
     """Bytes of each all-reduce of a round, found by a rehearsal on meta tensors.
 
     Args:
         step: With the options of the groups; nothing else of it is used.
         batches: The parts of a round, those alike together.
-        shapes: Gives shape and dtype of each state tensor of a part on a rank.
 
     Returns:
         The bytes, in order.
@@ -223,18 +252,10 @@ def sum_bytes(
         m = batch[0].matrix
         if not step.sums(m):
             continue
-        region = m.route.moments.layout[step.rank]
-        grad = torch.empty(region.shape, dtype=m.work_dtype, device="meta")
-        states = [
-            {
-                key: torch.empty(shape, dtype=dtype, device="meta")
-                for key, (shape, dtype) in shapes(part).items()
-            }
-            for part in batch
-        ]
+        grads, states = _nothing_of(m, len(batch), torch.device("meta"))
         rules.append(
             update(
-                [grad] * len(batch),
+                grads,
                 states,
                 method=step.rule,
                 options=step.options_of(m),

@@ -8,8 +8,7 @@ rotations.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +22,9 @@ from sharded_adadiag.algorithm.basis import (
 from sharded_adadiag.algorithm.update import basis_of, install
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.comm.jobs import Failures, Job, Transfer
-from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import everywhere, on_team, only_on
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.refresh import refresh_plans
 from sharded_adadiag.step.context import Step
-
-# Which bases are due together may differ from refresh to refresh.
-PLANS_KEPT = 16
 
 
 def refresh_here(
@@ -102,64 +97,6 @@ def refresh_together(
         basis = Basis(left, right, basis.fallback)
         step.bases.note(m.index, m.view.name, basis)
         install(step.state(m), basis, step.options_of(m))
-
-
-def groups(matrices: Sequence[MatrixPlan], limit: int) -> Iterator[list[MatrixPlan]]:
-    """Matrices whose bases are due, as many at a time as their heads have room for.
-
-    Args:
-        matrices: Equal on every rank.
-        limit: Bytes of whole gradients on one head; a larger one comes alone.
-
-    Yields:
-        Some of them.
-    """
-    level: dict[int, tuple[int, int]] = {}  # by head: its group, and bytes there
-    found: dict[int, list[MatrixPlan]] = {}
-    for m in matrices:
-        size = m.view.numel * m.view.work_itemsize
-        group, filled = level.get(m.route.owner, (0, 0))
-        if filled and filled + size > limit:
-            group, filled = group + 1, 0
-        level[m.route.owner] = group, filled + size
-        found.setdefault(group, []).append(m)
-    yield from (found[group] for group in sorted(found))
-
-
-@functools.lru_cache(PLANS_KEPT)
-def refresh_plans(
-    matrices: tuple[MatrixPlan, ...], by_gram: tuple[bool, ...], world_size: int
-) -> tuple[ExchangePlan, ExchangePlan]:
-    """What a refresh moves: to the heads, and the rotations to the teams.
-
-    Args:
-        matrices: Those whose bases are due.
-        by_gram: Whether each is computed from Gram blocks.
-        world_size: Number of ranks.
-
-    Returns:
-        The two exchanges.
-    """
-    collect, distribute = [], []
-    for m, gram in zip(matrices, by_gram):
-        rows, cols, owner = m.view.rows, m.view.cols, m.route.owner
-        sizes = [k for k, wanted in ((rows, m.left), (cols, m.right)) if wanted]
-        if gram:
-            (k,) = sizes
-            summands = everywhere(k, k, world_size)
-            target = only_on(owner, k, k, world_size)
-            collect.append(Move(k, summands, target, 8, summed=True))
-        else:
-            target = only_on(owner, rows, cols, world_size)
-            collect.append(Move(cols, m.view.layout, target, m.view.grad_itemsize))
-        for k in sizes:
-            source = only_on(owner, k, k, world_size)
-            target = on_team(m.route.team, k, k, world_size)
-            distribute.append(Move(k, source, target, m.rotation_dtype.itemsize))
-    return (
-        ExchangePlan(world_size, tuple(collect)),
-        ExchangePlan(world_size, tuple(distribute)),
-    )
 
 
 def _statistic(step: Step, matrix: MatrixPlan, by_gram: bool) -> Tensor:

@@ -1,0 +1,198 @@
+"""The plan of an optimizer: what every rank keeps, computes and sends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from sharded_adadiag.algorithm.state import Rule, moment_dtype, plain_moments
+from sharded_adadiag.options import BUFFER_BYTES
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.matrices import MatrixPlan, ParamSpec, plan_matrices
+from sharded_adadiag.plan.rounds import Round, make_rounds
+
+STEP_BYTES = 4  # the step count of a parameter is a float32 tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before a step, the same on every rank.
+
+    It holds integers, names and options, neither tensors nor process groups, so it
+    can be made anywhere. Parameters are told by their position in `specs`.
+
+    Attributes:
+        world_size: Number of ranks.
+        rule: The optimizer.
+        distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+        buffer_bytes: What the exchanges of a step may take on a rank.
+        specs: Every parameter.
+        layouts: Where the entries of each parameter are.
+        matrices: The parameters that are worked on as whole matrices, by position.
+            All others are updated where they lie.
+        rounds: What is exchanged and worked on together, in the order of a step.
+        left_out: Positions of the parameters that are in no param group now.
+            They keep their place and their owners, but take no part in a step.
+    """
+
+    world_size: int
+    rule: Rule
+    distribution: str = "auto"
+    buffer_bytes: int = BUFFER_BYTES
+    specs: tuple[ParamSpec, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    matrices: tuple[MatrixPlan, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    left_out: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        assert len(self.specs) == len(self.layouts)
+        assert all(len(layout) == self.world_size for layout in self.layouts)
+
+    @classmethod
+    def of(
+        cls,
+        specs: Sequence[ParamSpec],
+        layouts: Sequence[Layout],
+        *,
+        rule: Rule,
+        world_size: int,
+        distribution: str = "auto",
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> Plan:
+        """Plan the work on these parameters.
+
+        Args:
+            specs: Every parameter.
+            layouts: Where the entries of each are.
+            rule: The optimizer.
+            world_size: Number of ranks.
+            distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+            buffer_bytes: What the exchanges of a step may take on a rank.
+
+        Returns:
+            The plan; equal arguments give equal plans.
+        """
+        empty = cls(world_size, rule, distribution, buffer_bytes)
+        return empty.extended(specs, layouts)
+
+    def extended(self, specs: Sequence[ParamSpec], layouts: Sequence[Layout]) -> Plan:
+        """The plan with further parameters, behind those it has.
+
+        Args:
+            specs: The new parameters.
+            layouts: Where the entries of each are.
+
+        Returns:
+            A plan in which all that was planned before is as it was: owners and
+            rounds too. The new matrices are placed with that load in mind.
+        """
+        matrices = plan_matrices(
+            specs,
+            layouts,
+            method=self.rule,
+            world_size=self.world_size,
+            distribution=self.distribution,
+            first_index=len(self.specs),
+            planned=self.matrices,
+        )
+        return dataclasses.replace(
+            self,
+            specs=(*self.specs, *specs),
+            layouts=(*self.layouts, *layouts),
+            matrices=(*self.matrices, *matrices),
+            rounds=(*self.rounds, *self._make_rounds(matrices)),
+        )
+
+    def without(self, positions: Collection[int]) -> Plan:
+        """The plan of a step in which just these parameters take no part.
+
+        Args:
+            positions: Of the parameters that are in no param group; those left out
+                before and not named here take part again.
+
+        Returns:
+            The plan with the same owners. Its rounds are made anew if other
+            matrices than before take part.
+        """
+        left_out = frozenset(positions)
+        changed = left_out ^ self.left_out
+        plan = dataclasses.replace(self, left_out=left_out)
+        if all(m.index not in changed for m in self.matrices):
+            return plan
+        rounds = tuple(self._make_rounds(plan.members))
+        return dataclasses.replace(plan, rounds=rounds)
+
+    @property
+    def members(self) -> tuple[MatrixPlan, ...]:
+        """The matrices that take part in a step."""
+        return tuple(m for m in self.matrices if m.index not in self.left_out)
+
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """Positions of the parameters in a group that are updated where they lie."""
+        apart = self.left_out | {m.index for m in self.matrices}
+        return tuple(i for i in range(len(self.specs)) if i not in apart)
+
+    def plain_bytes(self, position: int) -> int:
+        """Bytes of state for each entry of a parameter that is updated where it lies.
+
+        Args:
+            position: Of the parameter.
+
+        Returns:
+            Its moments' item sizes, added up.
+        """
+        spec = self.specs[position]
+        count = len(plain_moments(self.rule, spec.options))
+        return count * moment_dtype(spec.options, spec.dtype).itemsize
+
+    @property
+    def shared(self) -> tuple[MatrixPlan, ...]:
+        """Rotated matrices of which no rank has the whole gradient in a round."""
+        found = {
+            part.matrix.index: part.matrix
+            for round_ in self.rounds
+            for part in round_.parts
+            if part.matrix.rotated
+            and (part.matrix.route.kind != "owner" or not part.whole)
+        }
+        return tuple(found.values())
+
+    @property
+    def watched(self) -> tuple[MatrixPlan, ...]:
+        """Matrices of which ranks outside their team take part in a refresh."""
+        if self.world_size == 1:
+            return ()
+        return tuple(m for m in self.shared if len(m.route.team) < self.world_size)
+
+    @property
+    def agreement_bytes(self) -> int:
+        """Bytes of the all-reduce at the head of a step; 0 if there is none.
+
+        Four bytes for each flag: a gradient is there, of each parameter; one is
+        missing, of each that several ranks hold copies of; there is no basis yet, of
+        each matrix in `watched`; and five for the rest.
+        """
+        taking_part = (s for i, s in enumerate(self.specs) if i not in self.left_out)
+        checked = any(spec.options.nonfinite != "ignore" for spec in taking_part)
+        watched = len(self.watched)
+        if self.world_size == 1 or not (checked or watched):
+            return 0
+        copied = sum(map(has_copies, self.layouts))
+        return 4 * (len(self.specs) + copied + watched + 5)
+
+    def _make_rounds(self, matrices: Sequence[MatrixPlan]) -> list[Round]:
+        return make_rounds(matrices, self.world_size, self.buffer_bytes)
+
+
+def has_copies(layout: Layout) -> bool:
+    """Whether several ranks hold the same part of a parameter.
+
+    Args:
+        layout: What each rank holds.
+
+    Returns:
+        False if every entry is on one rank only.
+    """
+    return any(len(ranks) > 1 for _, ranks in layout.pieces)
