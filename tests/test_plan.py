@@ -322,10 +322,10 @@ def test_an_owner_moves_two_matrices_worth_of_elements_less_its_own_part():
 def candidate(rows, cols, world_size, by_rows=True):
     layout = even_blocks(rows, cols, world_size, by_rows=by_rows)
     left = rows <= cols
-    matrix, owner, other = routes(rows, cols, layout, left, not left)
+    matrix, _, other = routes(rows, cols, layout, left, not left)
     rotation = 4 * min(rows, cols) ** 2
     state = 8 * rows * cols + rotation
-    return Candidate(matrix, owner, other, rotation, state, 200)
+    return Candidate(matrix, other, rotation, state, 200)
 
 
 def test_auto_broadcasts_where_traffic_is_over_budget_and_memory_allows():
@@ -342,9 +342,8 @@ def test_auto_broadcasts_where_traffic_is_over_budget_and_memory_allows():
 def test_auto_leaves_replicas_to_their_owners():
     matrix = MatrixLayout("w", 64, 8, everywhere(64, 8, 2))
     sides = {"left": False, "right": True}
-    owner = owner_route(matrix, 0, **sides)
     other = broadcast_route(matrix, 0, basis="svd", **sides)
-    assert choose([Candidate(matrix, owner, other, 256, 4352, 200)], 2) == ["owner"]
+    assert choose([Candidate(matrix, other, 256, 4352, 200)], 2) == ["owner"]
 
 
 @pytest.mark.parametrize("basis", ["svd", "eigh"])
