@@ -1,7 +1,7 @@
 """The saved form stays readable: a checkpoint in the tree, and the version in it.
 
-`python tests/test_saved_form.py` writes the checkpoint anew; do so only together with
-a new format version, and keep the old one.
+``python tests/checkpoint/test_saved_form.py`` writes the checkpoint anew; do so only
+together with a new format version, and keep the old one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_deepspeed_checkpoints.py do."""
+"""What the ranks of tests/zero/test_deepspeed_checkpoints.py do."""
 
 from __future__ import annotations
 

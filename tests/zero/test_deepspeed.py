@@ -114,7 +114,7 @@ def test_a_call_of_step_makes_two_fused_all_to_alls():
 
 
 def main() -> None:
-    """Print the table of largest differences."""
+    """Print the table of largest differences; PYTHONPATH has tests/ for it."""
     print("| stage | precision | setting | 2 ranks | 3 ranks |")
     print("| --- | --- | --- | --- | --- |")
     for stage in range(4):
