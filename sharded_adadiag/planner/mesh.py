@@ -106,8 +106,8 @@ def layouts_of(
     for members in by_unit.values():
         starts, end = [], 0
         for i in members:
-            starts.append(end)
-            end += -(-weights[i].numel // align) * align
+            starts.append(-(-end // align) * align)
+            end = starts[-1] + weights[i].numel
         size = -(-end // multiple) * multiple // mesh.shards
         for i, start in zip(members, starts):
             found[i] = _flat(weights[i].numel, start, size, mesh)
