@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharded_adadiag.plan.blocks import even_blocks
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose, step_bytes
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
@@ -14,7 +15,6 @@ from sharded_adadiag.plan.geometry import (
     Box,
     FlatRange,
     Layout,
-    even_blocks,
     everywhere,
     full,
     intersect,
@@ -328,10 +328,10 @@ def test_an_owner_moves_two_matrices_worth_of_elements_less_its_own_part():
 def candidate(rows, cols, world_size, by_rows=True):
     layout = even_blocks(rows, cols, world_size, by_rows=by_rows)
     left = rows <= cols
-    matrix, owner, other = routes(rows, cols, layout, left, not left)
+    matrix, _, other = routes(rows, cols, layout, left, not left)
     rotation = 4 * min(rows, cols) ** 2
     state = 8 * rows * cols + rotation
-    return Candidate(matrix, owner, other, rotation, state, 200)
+    return Candidate(matrix, other, rotation, state, 200)
 
 
 def test_auto_broadcasts_where_traffic_is_over_budget_and_memory_allows():
@@ -348,9 +348,8 @@ def test_auto_broadcasts_where_traffic_is_over_budget_and_memory_allows():
 def test_auto_leaves_replicas_to_their_owners():
     matrix = MatrixLayout("w", 64, 8, everywhere(64, 8, 2))
     sides = {"left": False, "right": True}
-    owner = owner_route(matrix, 0, **sides)
     other = broadcast_route(matrix, 0, basis="svd", **sides)
-    assert choose([Candidate(matrix, owner, other, 256, 4352, 200)], 2) == ["owner"]
+    assert choose([Candidate(matrix, other, 256, 4352, 200)], 2) == ["owner"]
 
 
 @pytest.mark.parametrize("basis", ["svd", "eigh"])

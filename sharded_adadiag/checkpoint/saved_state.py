@@ -18,7 +18,7 @@ from sharded_adadiag.checkpoint.logical import (
     vector_layout,
 )
 from sharded_adadiag.params.local import is_distributed, local
-from sharded_adadiag.plan.geometry import Layout, everywhere, only_on
+from sharded_adadiag.plan.geometry import Layout, on_team
 from sharded_adadiag.plan.matrices import MatrixPlan
 
 if TYPE_CHECKING:
@@ -191,10 +191,7 @@ class SavedState:
             ("rotation_right", m.right, cols),
         ):
             if wanted:
-                size = self.engine.comm.size
-                layout = everywhere(k, k, size)
-                if m.route.kind == "owner":
-                    layout = only_on(m.route.owner, k, k, size)
+                layout = on_team(m.route.team, k, k, self.engine.comm.size)
                 yield self._tensor(m, key, (k, k), (k, k), layout)
 
     def _tensor(

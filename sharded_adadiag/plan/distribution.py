@@ -1,12 +1,13 @@
-"""Which matrices are computed by their owner and which by all ranks: "auto".
+"""Which matrices are computed by a team and which by all ranks: "auto".
 
-The rule, in one place. Every matrix starts with its owner, which keeps each rotation
+The rule, in one place. Every matrix starts with one owner, which keeps each rotation
 once in the whole group and sends two matrices' worth of elements per step. That
 traffic may be `TRAFFIC_BUDGET` of what sharded data parallelism itself moves in a
 step (two all-gathers and a reduce-scatter: three times the elements). While it is
 over, the matrix that saves most bytes of traffic per byte of memory goes to the
 broadcast route, as long as the rotations that are then on every rank stay within
-`MEMORY_BUDGET` of a rank's mean share of the state.
+`MEMORY_BUDGET` of a rank's mean share of the state. Who owns what is decided after
+that (see `teams`): then what all ranks do is known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from sharded_adadiag.plan.exchange_plan import Move
-from sharded_adadiag.plan.geometry import only_on
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.route import Kind, Route
 
@@ -31,15 +31,13 @@ class Candidate:
 
     Attributes:
         view: Its layout.
-        owner: The owner route.
-        broadcast: The other route, or None if it is not possible.
+        broadcast: The route on which all ranks work, or None if it is not possible.
         rotation_bytes: Bytes of its rotations.
         state_bytes: Bytes of all its state.
         refresh_every: Steps between refreshes; None for one refresh ever.
     """
 
     view: MatrixLayout
-    owner: Route
     broadcast: Route | None
     rotation_bytes: int
     state_bytes: int
@@ -47,7 +45,7 @@ class Candidate:
 
 
 def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
-    """Apply the rule of this module.
+    """Apply the rule of this module, whoever the owners will be.
 
     Args:
         candidates: One per matrix.
@@ -59,7 +57,7 @@ def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
     kinds: list[Kind] = ["owner"] * len(candidates)
     if world_size == 1:
         return kinds
-    costs = [step_bytes(c.view, c.owner) for c in candidates]
+    costs = [owner_bytes(c.view) for c in candidates]
     others = (world_size - 1) / world_size
     allowance = TRAFFIC_BUDGET * FRAMEWORK_PASSES * others
     budget = (
@@ -68,7 +66,9 @@ def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
         * sum(c.view.numel * c.view.grad_itemsize for c in candidates)
     )
     room = MEMORY_BUDGET * sum(c.state_bytes for c in candidates) / world_size
-    traffic = float(sum(costs))
+    traffic = sum(costs)
+    if traffic <= budget:
+        return kinds
 
     savings = []
     for i, c in enumerate(candidates):
@@ -90,6 +90,19 @@ def choose(candidates: Sequence[Candidate], world_size: int) -> list[Kind]:
     return kinds
 
 
+def owner_bytes(matrix: MatrixLayout) -> float:
+    """Bytes that a gradient and its update move in a step: the mean over owners."""
+    held = matrix.layout.numel  # every holder of a piece gets its update
+    away = held - held / len(matrix.layout)
+    return gather_bytes(matrix) + matrix.work_itemsize * away
+
+
+def gather_bytes(matrix: MatrixLayout) -> float:
+    """Bytes that move when one rank gets the whole gradient: the mean over ranks."""
+    at_hand = matrix.layout.numel / len(matrix.layout)
+    return matrix.grad_itemsize * (matrix.numel - at_hand)
+
+
 def step_bytes(matrix: MatrixLayout, route: Route) -> int:
     """Bytes of a matrix that all ranks together send in an ordinary step."""
     layouts = [stage.layout for stage in route.stages]
@@ -101,17 +114,11 @@ def step_bytes(matrix: MatrixLayout, route: Route) -> int:
     return total
 
 
-def refresh_bytes(matrix: MatrixLayout, route: Route, rotation_bytes: int) -> int:
-    """Bytes that all ranks together send, on top, in a refresh of one matrix."""
-    if route.kind == "owner":
-        return 0
-    world_size = len(matrix.layout)
-    total = rotation_bytes * (world_size - 1)
+def refresh_bytes(matrix: MatrixLayout, route: Route, rotation_bytes: int) -> float:
+    """Bytes that all ranks together send, on top, in a refresh on all ranks."""
+    others = len(matrix.layout) - 1
+    total = float(rotation_bytes * others)
     if route.basis_from == "gram":
         side = matrix.cols if route.moments.right else matrix.rows
-        total += 8 * side * side * (world_size - 1)
-    elif route.basis_from == "gradient":
-        owner = only_on(route.owner, matrix.rows, matrix.cols, world_size)
-        hop = Move(matrix.cols, matrix.layout, owner, matrix.grad_itemsize)
-        total += hop.moved_bytes
-    return total
+        return total + 8 * side * side * others
+    return total + gather_bytes(matrix)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from sharded_adadiag.plan.geometry import Layout, Region, intersect
+from sharded_adadiag.plan.geometry import Layout, Region, shared_regions
 
 HEADER_BYTES = 8
 
@@ -99,8 +99,7 @@ def _moved_numel(cols: int, source: Layout, target: Layout, summed: bool) -> int
     at_hand = 0
     for region, ranks in fewer.pieces:
         for rank in ranks:
-            shared = intersect(region, more[rank], cols)
-            at_hand += shared.numel if shared is not None else 0
+            at_hand += sum(r.numel for r in shared_regions(region, more[rank], cols))
     return target.numel - at_hand
 
 

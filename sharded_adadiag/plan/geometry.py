@@ -82,7 +82,7 @@ class Layout:
                 ranks.setdefault(region, []).append(count - 1)
             else:
                 rest = region if rest is None else rest
-        pieces = tuple((region, _compact(some)) for region, some in ranks.items())
+        pieces = tuple((region, ranks_of(some)) for region, some in ranks.items())
         return cls(count, pieces, EMPTY if rest is None else rest)
 
     def __eq__(self, other: object) -> bool:
@@ -128,7 +128,8 @@ class Layout:
             cols: Columns of the matrix.
 
         Yields:
-            A piece, what it shares with the region, and who holds the piece.
+            A piece, a region that it shares with the one wanted, and who holds the
+            piece; up to three times for one piece (see `shared_regions`).
         """
         if not wanted.numel:
             return
@@ -138,8 +139,7 @@ class Layout:
         for piece, ranks in ordered[first:] if first else ordered:
             if axis and _extent(piece, axis, cols)[0] >= high:
                 break
-            shared = intersect(piece, wanted, cols)
-            if shared is not None:
+            for shared in shared_regions(piece, wanted, cols):
                 yield piece, shared, ranks
 
     @cached_property
@@ -171,7 +171,7 @@ class Layout:
         return axis, tuple(ordered), [_extent(p, axis, 1)[1] for p, _ in ordered]
 
 
-def _compact(ranks: Sequence[int]) -> Ranks:
+def ranks_of(ranks: Sequence[int]) -> Ranks:
     """Ascending ranks as a range if they are evenly spaced."""
     if len(ranks) == 1:
         return range(ranks[0], ranks[0] + 1)
@@ -197,14 +197,23 @@ def _axis(regions: Sequence[Region]) -> str:
 def _extent(region: Region, axis: str, cols: int) -> tuple[int, int]:
     """First and last coordinate of a region along an axis of a matrix, exclusive."""
     if axis == "flat":
-        flat = as_flat(region, cols)
-        return flat.start, flat.stop
+        if isinstance(region, FlatRange):
+            return region.start, region.stop
+        last_row = (region.row_stop - 1) * cols
+        return region.row_start * cols + region.col_start, last_row + region.col_stop
     if isinstance(region, FlatRange):
         whole = axis == "cols"
         return (0, cols) if whole else (region.start // cols, -(-region.stop // cols))
     if axis == "rows":
         return region.row_start, region.row_stop
     return region.col_start, region.col_stop
+
+
+def on_team(team: Ranks, rows: int, cols: int, world_size: int) -> Layout:
+    """The layout in which each rank of a team holds everything."""
+    if rows * cols == 0:
+        return Layout(world_size, ())
+    return Layout(world_size, ((full(rows, cols), team),))
 
 
 def by_parameter(holdings: Sequence[Sequence[Region]]) -> list[Layout]:
@@ -241,9 +250,7 @@ def everywhere(rows: int, cols: int, world_size: int) -> Layout:
 
 def only_on(rank: int, rows: int, cols: int, world_size: int) -> Layout:
     """The layout in which one rank holds everything."""
-    if rows * cols == 0:
-        return Layout(world_size, ())
-    return Layout(world_size, ((full(rows, cols), range(rank, rank + 1)),))
+    return on_team(range(rank, rank + 1), rows, cols, world_size)
 
 
 def intersect(a: Region, b: Region, cols: int) -> Region | None:
@@ -259,18 +266,62 @@ def intersect(a: Region, b: Region, cols: int) -> Region | None:
         region only if the box is made of whole rows (see `as_flat`).
     """
     if isinstance(a, Box) and isinstance(b, Box):
-        box = Box(
-            max(a.row_start, b.row_start),
-            min(a.row_stop, b.row_stop),
-            max(a.col_start, b.col_start),
-            min(a.col_stop, b.col_stop),
-        )
-        return box if min(box.shape) > 0 else None
+        return _common_box(a, b)
     if a.numel == 0 or b.numel == 0:
         return None
     x, y = as_flat(a, cols), as_flat(b, cols)
     flat = FlatRange(max(x.start, y.start), min(x.stop, y.stop))
     return flat if flat.numel > 0 else None
+
+
+def _common_box(a: Box, b: Box) -> Box | None:
+    top, bottom = max(a.row_start, b.row_start), min(a.row_stop, b.row_stop)
+    left, right = max(a.col_start, b.col_start), min(a.col_stop, b.col_stop)
+    return Box(top, bottom, left, right) if top < bottom and left < right else None
+
+
+def shared_regions(a: Region, b: Region, cols: int) -> tuple[Region, ...]:
+    """What two regions share, as few regions as can say it.
+
+    A flat range shares with a box that is not made of whole rows up to three boxes:
+    a part of the first row, whole rows of the box, a part of the last row.
+
+    Args:
+        a: A region.
+        b: Another region of the same matrix.
+        cols: Columns of the matrix.
+
+    Returns:
+        Disjoint regions in row-major order, none empty; the same for b and a.
+    """
+    if isinstance(a, Box) and isinstance(b, FlatRange):
+        a, b = b, a
+    if isinstance(a, FlatRange) and isinstance(b, Box) and b.shape[1] != cols:
+        return _boxes_of(a, b, cols)
+    shared = intersect(a, b, cols)
+    return () if shared is None else (shared,)
+
+
+def _boxes_of(flat: FlatRange, box: Box, cols: int) -> tuple[Box, ...]:
+    """The boxes that a flat range shares with a box of some of the columns."""
+    if not (flat.numel and box.numel):
+        return ()
+    left, right = box.col_start, box.col_stop
+    first, start = divmod(flat.start, cols)
+    last, stop = divmod(flat.stop, cols)
+    if first == last:
+        parts = [Box(first, first + 1, max(left, start), min(right, stop))]
+    else:
+        # A row of the box may be whole although the range has only a part of it.
+        top = first if start <= left else first + 1
+        bottom = last + 1 if stop >= right else last
+        parts = [
+            Box(first, top, max(left, start), right),
+            Box(top, bottom, left, right),
+            Box(bottom, last + 1, left, min(right, stop)),
+        ]
+    inside = (_common_box(part, box) for part in parts)
+    return tuple(part for part in inside if part is not None)
 
 
 def as_flat(region: Region, cols: int) -> FlatRange:
@@ -291,60 +342,6 @@ def as_flat(region: Region, cols: int) -> FlatRange:
     if region.numel and region.shape[1] != cols:
         raise ValueError(f"{region} of a matrix of {cols} columns is no flat range")
     return FlatRange(region.row_start * cols, region.row_stop * cols)
-
-
-@functools.lru_cache(maxsize=64)
-def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
-    """Row or column blocks whose sizes differ by at most one.
-
-    Args:
-        rows: Of the matrix.
-        cols: Of the matrix.
-        parts: Number of blocks; some are empty if there are more than lines.
-        by_rows: Row blocks rather than column blocks.
-
-    Returns:
-        The block of each part.
-    """
-    return Layout.of(_cut(full(rows, cols), parts, by_rows=by_rows))
-
-
-@functools.lru_cache(maxsize=64)
-def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
-    """Every piece divided among the ranks that hold it.
-
-    A rank without entries still takes part in sums along the dimension that is not
-    divided, so its empty block gets the full length there.
-
-    Args:
-        layout: Blocks of whole rows, or of whole columns.
-        rows: Of the matrix.
-        cols: Of the matrix.
-        by_rows: They are row blocks rather than column blocks.
-
-    Returns:
-        A layout without replicas; a piece that only one rank holds stays whole.
-    """
-    pieces = []
-    for piece, ranks in layout.pieces:
-        assert isinstance(piece, Box)
-        for rank, block in zip(ranks, _cut(piece, len(ranks), by_rows=by_rows)):
-            if block.numel:
-                pieces.append((rank, block))
-    rest = Box(0, 0, 0, cols) if by_rows else Box(0, rows, 0, 0)
-    placed = tuple((block, range(rank, rank + 1)) for rank, block in sorted(pieces))
-    return Layout(layout.world_size, placed, rest)
-
-
-def _cut(box: Box, parts: int, *, by_rows: bool) -> list[Box]:
-    """A box in row or column blocks whose sizes differ by at most one."""
-    length = box.shape[0 if by_rows else 1]
-    cuts = [length * i // parts for i in range(parts + 1)]
-    pairs = list(zip(cuts, cuts[1:]))
-    top, left = box.row_start, box.col_start
-    if by_rows:
-        return [Box(top + a, top + b, left, box.col_stop) for a, b in pairs]
-    return [Box(top, box.row_stop, left + a, left + b) for a, b in pairs]
 
 
 def tiling_error(layout: Layout, rows: int, cols: int) -> str | None:

@@ -28,7 +28,9 @@ from sharded_adadiag.plan.route import (
     broadcast_obstacle,
     broadcast_route,
     owner_route,
+    team_route,
 )
+from sharded_adadiag.plan.teams import Divisible, Team, choose_teams
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class MatrixPlan:
         rotation_dtype: Of the stored rotations.
         work_dtype: Of the computation and of the update.
         moments: Names and dimensions of its moments.
+        cuttable: Its lines are independent of each other, so that a step may work on
+            some of them at a time: one side is rotated, and the rule asks for no sum.
     """
 
     index: int
@@ -83,6 +87,7 @@ class MatrixPlan:
     rotation_dtype: torch.dtype
     work_dtype: torch.dtype
     moments: dict[str, tuple[str, ...]]
+    cuttable: bool = False
 
     @property
     def rotated(self) -> bool:
@@ -124,6 +129,18 @@ class MatrixPlan:
                 shapes[key] = (size, size) if holds else (0, 0), self.rotation_dtype
         return shapes
 
+    def shares(self) -> list[tuple[int, MatrixCost]]:
+        """What each rank that works on the matrix bears of its work and state."""
+        whole = self.cost.step, max(self.view.numel, 1)
+        moments = self.route.moments.layout
+        shares = []
+        for rank in self.route.team:
+            step = whole[0] * moments[rank].numel // whole[1]
+            refresh = self.cost.refresh if rank == self.route.owner else 0
+            every, state = self.cost.refresh_every, self.state_bytes(rank)
+            shares.append((rank, MatrixCost(step, refresh, every, state)))
+        return shares
+
     def state_bytes(self, rank: int) -> int:
         """Bytes of moments and rotations on a rank."""
         return sum(
@@ -141,6 +158,7 @@ def plan_matrices(
     distribution: str,
     first_index: int = 0,
     planned: Sequence[MatrixPlan] = (),
+    ranks_per_node: int | None = None,
 ) -> list[MatrixPlan]:
     """Plan every parameter that must be seen as a whole matrix.
 
@@ -151,7 +169,8 @@ def plan_matrices(
         world_size: Number of ranks.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         first_index: Position of the first parameter in the optimizer.
-        planned: The plans made before, which weigh on their owners.
+        planned: The plans made before, which weigh on their ranks.
+        ranks_per_node: Consecutive ranks that share a node; None for all.
 
     Returns:
         The plans, equal on every rank.
@@ -160,19 +179,42 @@ def plan_matrices(
     for i, (fact, layout) in enumerate(zip(facts, layouts)):
         if needs_matrix(method, fact.shape, fact.options):
             drafts.append(_Draft.of(first_index + i, fact, layout, method))
-    owners = assign_owners(
-        [d.cost for d in drafts],
-        world_size,
-        [(plan.route.owner, plan.cost) for plan in planned],
-    )
-    candidates = [d.candidate(owner) for d, owner in zip(drafts, owners)]
+    routes: dict[int, Route] = {}
+    if distribution != "owner":
+        routes = _broadcast(drafts, world_size, distribution)
+    plans = {d.index: d.plan(routes[d.index]) for d in drafts if d.index in routes}
+    borne = [share for plan in (*planned, *plans.values()) for share in plan.shares()]
+    rest = [d for d in drafts if d.index not in plans]
+    if distribution == "auto":
+        chosen = choose_teams(
+            [d.divisible() for d in rest],
+            world_size,
+            borne,
+            ranks_per_node=ranks_per_node,
+        )
+    else:
+        owners = assign_owners([d.cost for d in rest], world_size, borne)
+        chosen = [Team.of_one(owner) for owner in owners]
+    for draft, team in zip(rest, chosen):
+        plans[draft.index] = draft.plan(draft.team_route(team))
+    return [plans[draft.index] for draft in drafts]
+
+
+def _broadcast(
+    drafts: Sequence[_Draft], world_size: int, distribution: str
+) -> dict[int, Route]:
+    """The routes of the matrices on which all ranks work, by index."""
+    candidates = [draft.candidate() for draft in drafts]
     kinds = choose(candidates, world_size) if distribution == "auto" else None
-    plans = []
+    decompose = [0] * world_size
+    routes = {}
     for i, (draft, candidate) in enumerate(zip(drafts, candidates)):
-        kind = kinds[i] if kinds is not None else distribution
-        wanted = candidate.broadcast if kind == "broadcast" else candidate.owner
-        plans.append(draft.plan(wanted or candidate.owner))
-    return plans
+        if candidate.broadcast and (kinds is None or kinds[i] == "broadcast"):
+            # Who has least to decompose so far computes its bases.
+            head = min(range(world_size), key=lambda rank: (decompose[rank], rank))
+            decompose[head] += draft.cost.refresh
+            routes[draft.index] = dataclasses.replace(candidate.broadcast, owner=head)
+    return routes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,6 +229,7 @@ class _Draft:
     cost: MatrixCost
     rotation_bytes: int
     moments: dict[str, tuple[str, ...]]
+    cuttable: bool
 
     @classmethod
     def of(cls, index: int, fact: ParamSpec, layout: Layout, method: Rule) -> _Draft:
@@ -209,29 +252,49 @@ class _Draft:
             options.refresh_every,
             moment_bytes + rotation_bytes,
         )
-        return cls(index, fact, matrix, left, right, cost, rotation_bytes, moments)
-
-    def candidate(self, owner: int) -> Candidate:
-        options = self.fact.options
-        two_sided_reproject = (
-            self.left and self.right and options.on_refresh == "reproject"
+        cuttable = not method.factored and options.noise_floor == 0 and left != right
+        return cls(
+            index, fact, matrix, left, right, cost, rotation_bytes, moments, cuttable
         )
+
+    @property
+    def two_sided_reproject(self) -> bool:
+        """Whether a refresh mixes both dimensions of the moments."""
+        return self.left and self.right and self.fact.options.on_refresh == "reproject"
+
+    def candidate(self) -> Candidate:
+        options = self.fact.options
         alone = len(self.view.layout) == 1
         obstacle = broadcast_obstacle(
-            self.view, two_sided_reproject=two_sided_reproject
+            self.view, two_sided_reproject=self.two_sided_reproject
         )
-        sides = {"left": self.left, "right": self.right}
         other = None
         if not alone and not obstacle:
-            other = broadcast_route(self.view, owner, basis=options.basis, **sides)
+            other = broadcast_route(
+                self.view, 0, left=self.left, right=self.right, basis=options.basis
+            )
         return Candidate(
             self.view,
-            owner_route(self.view, owner, **sides),
             other,
             self.rotation_bytes,
             self.cost.state_bytes,
             options.refresh_every,
         )
+
+    def divisible(self) -> Divisible:
+        rows, cols = self.view.rows, self.view.cols
+        lines = min(rows, cols) if self.left and self.right else rows
+        if self.left and not self.right:
+            lines = cols
+        if self.two_sided_reproject:
+            lines = 1
+        return Divisible(self.cost, lines, self.rotation_bytes)
+
+    def team_route(self, team: Team) -> Route:
+        sides = {"left": self.left, "right": self.right}
+        if len(team.ranks) == 1:
+            return owner_route(self.view, team.head, **sides)
+        return team_route(self.view, team.ranks, team.head, **sides)
 
     def plan(self, route: Route) -> MatrixPlan:
         options, dtype = self.fact.options, self.fact.dtype
@@ -246,4 +309,5 @@ class _Draft:
             rotation_dtype(options, dtype),
             self.fact.work_dtype,
             self.moments,
+            self.cuttable,
         )

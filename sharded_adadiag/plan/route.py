@@ -1,7 +1,11 @@
-"""The two distributions of the work: the stages a gradient passes.
+"""The distributions of the work: the stages a gradient passes.
 
 `owner`: the full matrix on its owner, which applies both rotations. What works for
 every layout, flat ranges included.
+
+`team`: some ranks, each with an even block and a copy of the rotations. A rotation of
+one side leaves the lines of the other independent, so it takes one stage; two sides
+take two, row blocks for Q and then column blocks for P. Works for every layout, too.
 
 `broadcast`: every rank has the rotations and its own block. A rotation mixes one
 dimension, so its stage must hold that dimension whole: row blocks for Q, column
@@ -14,7 +18,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from sharded_adadiag.plan.geometry import Layout, Ranks, even_blocks, only_on, spread
+from sharded_adadiag.plan.blocks import even_blocks, spread, team_blocks
+from sharded_adadiag.plan.geometry import Layout, Ranks, only_on
 from sharded_adadiag.plan.layout import MatrixLayout, Storage
 
 Kind = Literal["owner", "team", "broadcast"]
@@ -77,6 +82,31 @@ def owner_route(matrix: MatrixLayout, owner: int, *, left: bool, right: bool) ->
     storage = Stage(matrix.layout, "none")
     team = range(owner, owner + 1)
     return Route("owner", team, owner, (storage, Stage(layout, "none", left, right)))
+
+
+def team_route(
+    matrix: MatrixLayout, team: Ranks, head: int, *, left: bool, right: bool
+) -> Route:
+    """The ranks of a team rotate a block each.
+
+    Args:
+        matrix: Its layout.
+        team: At least two ascending ranks, no more than there are lines to divide.
+        head: The one of them that computes the bases, from the assembled gradient.
+        left: Whether P is applied.
+        right: Whether Q is applied.
+
+    Returns:
+        The route.
+    """
+    assert len(team) > 1 and head in team
+    ends = team, matrix.rows, matrix.cols, len(matrix.layout)
+    stages = [Stage(matrix.layout, "none")]
+    if right or not left:  # an unrotated factored rule works on any block
+        stages.append(Stage(team_blocks(*ends, by_rows=True), "rows", right=right))
+    if left:
+        stages.append(Stage(team_blocks(*ends, by_rows=False), "cols", left=True))
+    return Route("team", team, head, tuple(stages))
 
 
 def broadcast_obstacle(matrix: MatrixLayout, *, two_sided_reproject: bool) -> str:

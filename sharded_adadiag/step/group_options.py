@@ -104,7 +104,7 @@ class GroupOptions:
             if text := _change(entry, now):
                 return text
             matrix = matrices.get(i)
-            if matrix is not None and matrix.route.kind == "broadcast":
+            if matrix is not None and matrix.route.kind != "owner":
                 if now.on_refresh == "reproject" and matrix.left and matrix.right:
                     return (
                         f"{entry.spec.name}: on_refresh became 'reproject', for which "
