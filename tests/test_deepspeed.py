@@ -106,7 +106,7 @@ def test_a_call_of_step_makes_two_fused_all_to_alls():
         Cell("bf16, fp32 sums", 1, BF16_FP32),
         Cell("groups", 2, route="client"),
     ]
-    exchange = ("all_reduce_max_", "all_to_all", "all_to_all")
+    exchange = ("all_reduce_max_", "start_all_to_all", "start_all_to_all")
     for found in run_processes(3, collectives_per_call, 3, table):
         for cell, calls in zip(table, found, strict=True):
             assert exchange in calls, cell.name

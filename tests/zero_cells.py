@@ -335,7 +335,7 @@ def collectives_per_call(rank: int, world_size: int, cells: list[Cell]) -> list[
 
         return collective
 
-    for name in ("all_to_all", "all_reduce_max_", "all_reduce_sum_"):
+    for name in ("start_all_to_all", "all_reduce_max_", "all_reduce_sum_"):
         setattr(ProcessGroup, name, counted(name, getattr(ProcessGroup, name)))
     real_step = RotatedOptimizer.step
 

@@ -9,16 +9,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return when its tensors may be used: on an accelerator, by later kernels."""
+
+
+class Done:
+    """A collective that has ended."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
 class Communicator(Protocol):
     """What the engine needs of a group of ranks."""
 
     rank: int
     size: int
 
-    def all_to_all(
+    def start_all_to_all(
         self, target: Tensor, source: Tensor, received: list[int], sent: list[int]
-    ) -> None:
-        """Exchange uneven chunks of two 1-D tensors."""
+    ) -> Handle:
+        """Begin to exchange uneven chunks of two 1-D tensors."""
 
     def all_reduce_max_(self, tensor: Tensor) -> None:
         """Entry-wise maximum over the ranks, in place."""
@@ -39,11 +53,12 @@ class SingleProcess:
     rank = 0
     size = 1
 
-    def all_to_all(
+    def start_all_to_all(
         self, target: Tensor, source: Tensor, received: list[int], sent: list[int]
-    ) -> None:
-        """Exchange with oneself."""
+    ) -> Handle:
+        """Exchange with oneself, at once."""
         target.copy_(source)
+        return Done()
 
     def all_reduce_max_(self, tensor: Tensor) -> None:
         """Leave the tensor as it is."""
@@ -73,11 +88,14 @@ class ProcessGroup:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
-    def all_to_all(
+    def start_all_to_all(
         self, target: Tensor, source: Tensor, received: list[int], sent: list[int]
-    ) -> None:
-        """``dist.all_to_all_single``."""
-        dist.all_to_all_single(target, source, received, sent, group=self.group)
+    ) -> Handle:
+        """``dist.all_to_all_single``, asynchronous."""
+        work = dist.all_to_all_single(
+            target, source, received, sent, group=self.group, async_op=True
+        )
+        return Done() if work is None else work
 
     def all_reduce_max_(self, tensor: Tensor) -> None:
         """``dist.all_reduce`` with MAX."""

@@ -1,25 +1,32 @@
 """Makes a planned exchange: pack, all-to-all, unpack.
 
-A status word goes with every chunk, so that each rank learns of a failure on any
-other in the collective it is in anyway, and all can raise together.
+`Exchange.start` packs and sends, `Pending.finish` waits and unpacks: what lies between
+the two calls runs while the bytes are on their way. Any number of exchanges may be
+under way, each with a name of its own.
+
+A status word goes with all data, so that who needs a rank's results learns that it
+has failed to make them. Ranks without data for each other exchange nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.plan.exchange_plan import (
-    HEADER_BYTES,
-    Chunk,
-    ExchangePlan,
-    Move,
-)
-from sharded_adadiag.plan.geometry import Box, Region, as_flat, intersect
+from sharded_adadiag.comm.collectives import Communicator, Done, Handle
+from sharded_adadiag.plan.copies import CopyList, Place, dense, inside
+from sharded_adadiag.plan.exchange_plan import ExchangePlan
+from sharded_adadiag.plan.geometry import Region
+
+# Results begin at multiples of this many bytes of the memory that they share.
+ALIGNMENT = 64
 
 
 class Exchange:
@@ -31,7 +38,10 @@ class Exchange:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[str, str, torch.device], Tensor] = {}
+        self._latest: weakref.WeakValueDictionary[str, Pending] = (
+            weakref.WeakValueDictionary()
+        )
 
     def run(
         self,
@@ -43,168 +53,261 @@ class Exchange:
         device: torch.device,
         status: int = 0,
         into: str = "",
-    ) -> tuple[list[Tensor], list[int]]:
-        """Move every matrix of the plan.
+    ) -> tuple[list[Tensor], dict[int, int]]:
+        """Move every matrix of the plan, and wait for the end.
 
         Args:
             plan: The exchange.
-            pieces: This rank's piece of each matrix in the source layout, in the
-                shape of its region.
-            wire: Dtype of each on the way.
-            work: Dtype wanted of each at the target.
-            device: Where the pieces are.
-            status: This rank's status word; 0 is well.
-            into: Where the results are put: they are overwritten by the next exchange
-                with the same name. Empty for memory of their own.
+            pieces: As for `start`.
+            wire: As for `start`.
+            work: As for `start`.
+            device: As for `start`.
+            status: As for `start`.
+            into: As for `start`.
 
         Returns:
-            This rank's piece of each matrix in the target layout, and the status
-            word of every rank. A piece that does not move
-            or change dtype is returned as it is, not copied.
+            What `Pending.finish` returns.
         """
-        rank = self.comm.rank
-        statuses = [0] * plan.world_size
-        statuses[rank] = status
-        arrivals: list[tuple[Chunk, Tensor]] = []
-        if not plan.is_local:
-            arrivals = self._all_to_all(plan, pieces, wire, device, status)
-        results: list[Tensor] = []
-        room = self._room(plan, work, into, device)
-        moved = _by_matrix(arrivals, wire)
-        for i, hop in enumerate(plan.hops):
-            wanted = hop.target[rank]
-            if hop.source[rank] == wanted and not hop.summed:
-                results.append(pieces[i].to(work[i]))
-            else:
-                out = next(room)
-                self._fill(out, hop, pieces[i], moved.get(i, ()), rank)
-                results.append(out)
-        if arrivals:
-            words = [data[:HEADER_BYTES].view(torch.int64) for _, data in arrivals]
-            # One transfer to the host, not one per rank.
-            for (chunk, _), word in zip(arrivals, torch.cat(words).tolist()):
-                statuses[chunk.rank] = word
-        return results, statuses
+        return self.start(
+            plan, pieces, wire, work, device=device, status=status, into=into
+        ).finish()
 
-    def _all_to_all(
+    def start(
         self,
         plan: ExchangePlan,
         pieces: Sequence[Tensor],
         wire: Sequence[torch.dtype],
-        device: torch.device,
-        status: int,
-    ) -> list[tuple[Chunk, Tensor]]:
-        """Pack what leaves this rank, exchange, and return the bytes that came."""
-        rank = self.comm.rank
-        outgoing, incoming = plan.sent(rank), plan.received(rank)
-        sent = _sizes(outgoing, plan.world_size)
-        got = _sizes(incoming, plan.world_size)
-        place = self.comm.device(device)
-        send = self._buffer("send", place, sum(sent))
-        for chunk, data in _cut(send, outgoing):
-            data[:HEADER_BYTES].view(torch.int64).fill_(status)
-            for span in chunk.spans:
-                hop, i = plan.hops[span.item], span.item
-                held = hop.target[chunk.rank] if hop.summed else hop.source[rank]
-                view = window(pieces[i], held, span.region, hop.cols)
-                data[span.start : span.stop].view(wire[i]).view(view.shape).copy_(view)
-        receive = self._buffer("receive", place, sum(got))
-        self.comm.all_to_all(receive, send, got, sent)
-        return list(_cut(receive, incoming))
-
-    def _fill(
-        self,
-        out: Tensor,
-        hop: Move,
-        piece: Tensor,
-        moved: Sequence[tuple[Region, Tensor]],
-        rank: int,
-    ) -> None:
-        """Put together one matrix's target piece."""
-        wanted = hop.target[rank]
-        if hop.summed:
-            if out.numel():
-                out.copy_(piece)
-            for _, data in moved:
-                out.add_(data.view(out.shape))
-            return
-        held = hop.source[rank]
-        shared = intersect(held, wanted, hop.cols)
-        if shared is not None:
-            window(out, wanted, shared, hop.cols).copy_(
-                window(piece, held, shared, hop.cols)
-            )
-        for region, data in moved:
-            view = window(out, wanted, region, hop.cols)
-            view.copy_(data.view(view.shape))
-
-    def _room(
-        self,
-        plan: ExchangePlan,
         work: Sequence[torch.dtype],
-        into: str,
+        *,
         device: torch.device,
-    ) -> Iterator[Tensor]:
-        """Uninitialised results for the matrices that move, in order."""
-        rank = self.comm.rank
-        shapes = [
-            (hop.target[rank].shape, dtype)
-            for hop, dtype in zip(plan.hops, work)
-            if hop.summed or hop.source[rank] != hop.target[rank]
-        ]
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
-        if not into:
-            yield from (torch.empty(s, dtype=d, device=device) for s, d in shapes)
-            return
-        strides = [-(-size // 64) * 64 for size in sizes]
-        buffer = self._buffer(into, device, sum(strides))
-        start = 0
-        for (shape, dtype), size, stride in zip(shapes, sizes, strides):
-            yield buffer[start : start + size].view(dtype).view(shape)
-            start += stride
+        status: int = 0,
+        into: str = "",
+    ) -> Pending:
+        """Pack and send. On an accelerator the host waits for nothing.
 
-    def _buffer(self, name: str, device: torch.device, size: int) -> Tensor:
-        """``size`` bytes, kept between steps."""
-        buffer = self._buffers.get((name, device))
+        Args:
+            plan: The exchange.
+            pieces: This rank's piece of each matrix in the source layout, in the
+                shape of its region. They stay as they are until the exchange ends.
+            wire: Dtype of each on the way.
+            work: Dtype wanted of each at the target.
+            device: Where the pieces are.
+            status: This rank's status word; 0 is well.
+            into: Name of the memory for messages and results. The next exchange with
+                the same name overwrites it, and starts only when this one has ended.
+                Empty for memory of its own.
+
+        Returns:
+            The exchange under way.
+        """
+        earlier = self._latest.get(into)
+        assert earlier is None or earlier.ended, f"{into} is still under way"
+        pending = Pending(
+            copies=plan.prepare(self.comm.rank),
+            given=pieces,
+            pieces=[piece.contiguous() for piece in pieces],
+            wire=wire,
+            work=work,
+            device=device,
+            status=(self.comm.rank, status),
+            into=into,
+            memory=functools.partial(self._memory, into),
+        )
+        if not plan.is_local:
+            pending.send(self.comm)
+        if into:
+            self._latest[into] = pending
+        return pending
+
+    def _memory(self, name: str, use: str, device: torch.device, size: int) -> Tensor:
+        """``size`` bytes: kept for the next exchange of the same name if it has one."""
+        buffer = self._buffers.get((name, use, device))
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            self._buffers[name, device] = buffer
+            if name:
+                self._buffers[name, use, device] = buffer
         return buffer[:size]
 
 
-def _sizes(chunks: Sequence[Chunk], world_size: int) -> list[int]:
-    """Bytes to or from each rank."""
-    sizes = [0] * world_size
-    for chunk in chunks:
-        sizes[chunk.rank] = chunk.nbytes
-    return sizes
+@dataclasses.dataclass(eq=False)
+class Pending:
+    """An exchange under way. Either `finish` or `parts` ends it, once.
+
+    Attributes:
+        copies: What this rank does in it.
+        given: This rank's source pieces.
+        pieces: The same, contiguous.
+        wire: Dtype of each matrix on the way.
+        work: Dtype wanted of each.
+        device: Where the pieces are.
+        status: This rank and its status word.
+        into: Name of the memory; empty if each result has its own.
+        memory: Gives bytes for a use on a device.
+        ended: Whether the results were taken.
+    """
+
+    copies: CopyList
+    given: Sequence[Tensor]
+    pieces: Sequence[Tensor]
+    wire: Sequence[torch.dtype]
+    work: Sequence[torch.dtype]
+    device: torch.device
+    status: tuple[int, int]
+    into: str
+    memory: Callable[[str, torch.device, int], Tensor]
+    ended: bool = False
+    _handle: Handle = dataclasses.field(default_factory=Done)
+    # Both live until the collective has ended.
+    _sent: _Bytes | None = None
+    _received: _Bytes | None = None
+
+    def send(self, comm: Communicator) -> None:
+        """Pack what leaves this rank and start the all-to-all.
+
+        Args:
+            comm: The group.
+        """
+        copies, place = self.copies, comm.device(self.device)
+        sent, got = _sizes(copies.sent, comm.size), _sizes(copies.received, comm.size)
+        self._sent = _Bytes(self.memory("send", place, sum(sent)))
+        self._received = _Bytes(self.memory("receive", place, sum(got)))
+        word = torch.full((1,), self.status[1], dtype=torch.int64, device=place)
+        pairs = [(head, word) for head in self._sent.heads(copies.sent)]
+        for copy in copies.packed:
+            target = self._sent.of(self.wire[copy.item], copy.target)
+            pairs.append((target, _view(self.pieces[copy.item], copy.source)))
+        _copy(pairs)
+        self._handle = comm.start_all_to_all(
+            self._received.memory, self._sent.memory, got, sent
+        )
+
+    def finish(self) -> tuple[list[Tensor], dict[int, int]]:
+        """Wait for the data and put this rank's new pieces together.
+
+        On an accelerator the host waits once if another rank has sent anything: for
+        the status words, when all copies are in the queue. Else it does not wait.
+
+        Returns:
+            This rank's piece of each matrix in the target layout, and the status
+            words that are not 0, by rank: of the ranks that sent data, and its own.
+            A piece that neither moves nor changes dtype is returned as it is.
+        """
+        self._wait()
+        results: list[Tensor] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        added: list[tuple[Tensor, Tensor]] = []
+        room = self._room()
+        for i, arrival in enumerate(self.copies.arrivals):
+            if arrival.unmoved:
+                results.append(self.given[i].to(self.work[i]))
+                continue
+            assert arrival.whole, "only a part of the matrix comes: see parts()"
+            out = next(room)
+            results.append(out)
+            for copy in arrival.own:
+                source = _view(self.pieces[i], copy.source)
+                copied.append((_view(out, copy.target), source))
+            came = added if arrival.summed else copied
+            for copy in arrival.came:
+                came.append((_view(out, copy.target), self._arrived(i, copy.source)))
+        _copy(copied)
+        for out, summand in added:  # in rank order, which the sum's rounding tells
+            out.add_(summand)
+        return results, self._statuses()
+
+    def parts(self) -> tuple[list[list[tuple[Region, Tensor]]], dict[int, int]]:
+        """Wait for the data and return it as it came, not put together.
+
+        The host waits as in `finish`.
+
+        Returns:
+            For each matrix the regions that this rank has now, its own share first,
+            then what came in rank order, each with its entries in the wanted dtype
+            and the shape of the region; and the status words as `finish` returns them.
+            Where no dtype changes these are views of the given pieces and of the bytes
+            received: valid until the next exchange of the same name.
+        """
+        self._wait()
+        found: list[list[tuple[Region, Tensor]]] = []
+        for i, arrival in enumerate(self.copies.arrivals):
+            assert not arrival.summed, "a sum has no parts"
+            dtype, piece = self.work[i], self.pieces[i]
+            here = [(c.region, _view(piece, c.source).to(dtype)) for c in arrival.own]
+            for copy in arrival.came:
+                data = self._arrived(i, copy.source).to(self.device, dtype)
+                here.append((copy.region, data))
+            found.append(here)
+        return found, self._statuses()
+
+    def _wait(self) -> None:
+        assert not self.ended, "an exchange ends once"
+        self.ended = True
+        self._handle.wait()
+
+    def _arrived(self, item: int, place: Place) -> Tensor:
+        assert self._received is not None
+        return self._received.of(self.wire[item], place)
+
+    def _room(self) -> Iterator[Tensor]:
+        """Uninitialised results for the matrices that move, in order."""
+        made = [
+            (arrival.shape, dtype)
+            for arrival, dtype in zip(self.copies.arrivals, self.work)
+            if not arrival.unmoved
+        ]
+        if not self.into:  # who keeps one result keeps no memory of the others
+            for shape, dtype in made:
+                yield torch.empty(shape, dtype=dtype, device=self.device)
+            return
+        sizes = [
+            -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            for shape, dtype in made
+        ]
+        buffer = _Bytes(self.memory("results", self.device, sum(sizes)))
+        start = 0
+        for (shape, dtype), size in zip(made, sizes):
+            yield buffer.of(dtype, dense(shape, start // dtype.itemsize))
+            start += size
+
+    def _statuses(self) -> dict[int, int]:
+        words = dict([self.status])
+        if self._received is not None and self.copies.received:
+            heads = list(self._received.heads(self.copies.received))
+            # One transfer to the host, not one per rank.
+            words.update(zip(self.copies.received, torch.cat(heads).tolist()))
+        return {rank: words[rank] for rank in sorted(words) if words[rank]}
 
 
-def _cut(buffer: Tensor, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
-    """The part of a buffer that each message is."""
-    start = 0
-    for chunk in chunks:
-        yield chunk, buffer[start : start + chunk.nbytes]
-        start += chunk.nbytes
+class _Bytes:
+    """Memory, seen as elements of any dtype.
 
+    Args:
+        memory: Its bytes.
+    """
 
-def _by_matrix(
-    arrivals: Sequence[tuple[Chunk, Tensor]], wire: Sequence[torch.dtype]
-) -> dict[int, list[tuple[Region, Tensor]]]:
-    """What came for each matrix, in rank order, as views of the buffer."""
-    moved: dict[int, list[tuple[Region, Tensor]]] = {}
-    for chunk, data in arrivals:
-        for span in chunk.spans:
-            part = data[span.start : span.stop].view(wire[span.item])
-            moved.setdefault(span.item, []).append((span.region, part))
-    return moved
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype, place: Place) -> Tensor:
+        """The view of a place."""
+        whole = self._typed.get(dtype)
+        if whole is None:
+            whole = self._typed[dtype] = self.memory.view(dtype)
+        return _view(whole, place)
+
+    def heads(self, sizes: Mapping[int, int]) -> Iterator[Tensor]:
+        """The status word of each message, given the messages' sizes in bytes."""
+        starts = itertools.accumulate(sizes.values(), initial=0)
+        for start, _ in zip(starts, sizes):
+            yield self.of(torch.int64, Place((1,), (1,), start // 8))
 
 
 def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:
     """The view of a region inside a piece.
 
     Args:
-        piece: The entries of ``held``, in its shape.
+        piece: The entries of ``held``, in its shape, contiguous.
         held: A region.
         wanted: A region inside it, or an empty one.
         cols: Columns of the full matrix.
@@ -212,12 +315,36 @@ def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:
     Returns:
         A view with the shape of ``wanted``.
     """
-    if isinstance(wanted, Box) and isinstance(held, Box):
-        rows, width = wanted.shape
-        if wanted.numel == 0:
-            return piece.new_empty(wanted.shape)
-        row, col = wanted.row_start - held.row_start, wanted.col_start - held.col_start
-        return piece[row : row + rows, col : col + width]
-    inside, around = as_flat(wanted, cols), as_flat(held, cols)
-    start = inside.start - around.start
-    return piece.view(-1)[start : start + inside.numel]
+    assert piece.is_contiguous()
+    if wanted.numel == 0:
+        return piece.new_empty(wanted.shape)
+    return _view(piece, inside(held, wanted, cols))
+
+
+def _view(memory: Tensor, place: Place) -> Tensor:
+    start = memory.storage_offset() + place.offset
+    return memory.as_strided(place.size, place.stride, start)
+
+
+def _sizes(of: Mapping[int, int], world_size: int) -> list[int]:
+    """Bytes to or from each rank."""
+    sizes = [0] * world_size
+    for rank, size in of.items():
+        sizes[rank] = size
+    return sizes
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy to the first of each pair from the second, a call per kind of pair.
+
+    On an accelerator a call is a few kernels if all its tensors are contiguous.
+    """
+    alike: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        strided = not (target.is_contiguous() and source.is_contiguous())
+        key = target.dtype, source.dtype, strided
+        targets, sources = alike.setdefault(key, ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)

@@ -1,8 +1,8 @@
 """Which bytes each rank sends to which: one hop of the matrices of a bucket.
 
 The message from one rank to another is a chunk of bytes: an 8-byte status word, then
-the pieces in order of falling item size (so that each starts aligned), then
-zeros up to a multiple of 8.
+the pieces in order of falling item size (so that each starts aligned), then unused
+bytes up to a multiple of 8. There is a message only where there is data.
 
 A rank lists only what it sends and receives itself; what all ranks together move is a
 sum over layouts. So a plan costs a rank about the same on two ranks as on thousands.
@@ -16,6 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from sharded_adadiag.plan.copies import (
+    Arrival,
+    Copy,
+    CopyList,
+    dense,
+    inside,
+)
 from sharded_adadiag.plan.geometry import Layout, Region, shared_regions
 
 HEADER_BYTES = 8
@@ -24,6 +31,9 @@ HEADER_BYTES = 8
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
     """One matrix of an exchange.
+
+    One of the two layouts covers all that the other does. Where the target covers more
+    (the way back of some blocks of a matrix), only what the source has moves.
 
     Attributes:
         cols: Columns of the full matrix.
@@ -95,12 +105,34 @@ def _moved_numel(cols: int, source: Layout, target: Layout, summed: bool) -> int
         return target.numel * (len(source) - 1)
     if source == target:
         return 0
-    fewer, more = sorted((source, target), key=lambda side: len(side.pieces))
-    at_hand = 0
-    for region, ranks in fewer.pieces:
-        for rank in ranks:
-            at_hand += sum(r.numel for r in shared_regions(region, more[rank], cols))
-    return target.numel - at_hand
+    fewer, more = sorted((source, target), key=lambda side: _holders(side))
+    at_hand = sum(
+        shared.numel
+        for region, ranks in fewer.pieces
+        for rank in ranks
+        for shared in shared_regions(region, more[rank], cols)
+    )
+    return _wanted_numel(cols, source, target) - at_hand
+
+
+def _holders(layout: Layout) -> int:
+    """Ranks that hold any entries."""
+    return sum(len(ranks) for _, ranks in layout.pieces)
+
+
+def _wanted_numel(cols: int, source: Layout, target: Layout) -> int:
+    """Entries of the source that all ranks together want."""
+    there = sum(region.numel for region, _ in source.pieces)
+    if there >= sum(region.numel for region, _ in target.pieces):
+        return target.numel
+    copies = {len(ranks) for _, ranks in target.pieces}
+    if len(copies) == 1:
+        return there * copies.pop()
+    return sum(
+        shared.numel * len(ranks)
+        for region, _ in source.pieces
+        for _, shared, ranks in target.overlapping(region, cols)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,9 +175,8 @@ class ExchangePlan:
 
     world_size: int
     hops: tuple[Move, ...]
-    # Messages of the rank that exchanges, listed once.
-    _sent: dict[int, list[Chunk]] = _own_field()
-    _received: dict[int, list[Chunk]] = _own_field()
+    # Of the rank that exchanges, listed once.
+    _prepared: dict[int, CopyList] = _own_field()
 
     def __post_init__(self) -> None:
         for hop in self.hops:
@@ -157,21 +188,26 @@ class ExchangePlan:
         return all(hop.moved_bytes == 0 for hop in self.hops)
 
     def sent(self, rank: int) -> list[Chunk]:
-        """The messages of a rank to each other rank; the status word goes to all."""
-        if rank not in self._sent:
-            self._sent[rank] = self._leaving(rank)
-        return self._sent[rank]
+        """The messages of a rank, to those that get data of it, in rank order."""
+        return self._chunks(rank, (hop.leaving(rank) for hop in self.hops))
 
     def received(self, rank: int) -> list[Chunk]:
-        """The messages of each other rank to a rank."""
-        if rank not in self._received:
-            arriving = (hop.arriving(rank) for hop in self.hops)
-            self._received[rank] = self._chunks(rank, arriving)
-        return self._received[rank]
+        """The messages to a rank, from those that have data for it, in rank order."""
+        return self._chunks(rank, (hop.arriving(rank) for hop in self.hops))
 
     def bytes_sent(self, rank: int) -> int:
-        """Bytes that a rank sends to the others."""
-        return 0 if self.is_local else sum(c.nbytes for c in self._leaving(rank))
+        """Bytes that a rank sends to the others, status words included."""
+        return 0 if self.is_local else sum(c.nbytes for c in self.sent(rank))
+
+    def messages_sent(self, rank: int) -> int:
+        """Ranks that a rank sends anything to."""
+        return 0 if self.is_local else len(self.sent(rank))
+
+    def prepare(self, rank: int) -> CopyList:
+        """What a rank copies: listed at the first call, kept for all that follow."""
+        if rank not in self._prepared:
+            self._prepared[rank] = self._copies(rank)
+        return self._prepared[rank]
 
     def inverse(self, itemsizes: Sequence[int]) -> ExchangePlan:
         """The way back: every holder of a piece, replicas too, gets it.
@@ -190,9 +226,6 @@ class ExchangePlan:
             ),
         )
 
-    def _leaving(self, rank: int) -> list[Chunk]:
-        return self._chunks(rank, (hop.leaving(rank) for hop in self.hops))
-
     def _chunks(
         self, rank: int, regions: Iterable[Iterator[tuple[int, Region]]]
     ) -> list[Chunk]:
@@ -203,16 +236,68 @@ class ExchangePlan:
                 if other != rank:
                     key = -hop.itemsize, item, region
                     between.setdefault(other, []).append(key)
-        return [
-            self._chunk(other, sorted(between.get(other, ())))
-            for other in range(self.world_size)
-            if other != rank
-        ]
+        return [_chunk(other, sorted(between[other])) for other in sorted(between)]
 
-    def _chunk(self, other: int, parts: Sequence[tuple[int, int, Region]]) -> Chunk:
-        spans, start = [], HEADER_BYTES
-        for negative_size, item, region in parts:
-            stop = start - region.numel * negative_size
-            spans.append(Span(item, region, start, stop))
-            start = stop
-        return Chunk(other, tuple(spans), -(-start // 8) * 8)
+    def _copies(self, rank: int) -> CopyList:
+        outgoing, incoming = self.sent(rank), self.received(rank)
+        leaving = []
+        for chunk, span, start in _placed(outgoing):
+            hop = self.hops[span.item]
+            held = hop.target[chunk.rank] if hop.summed else hop.source[rank]
+            source = inside(held, span.region, hop.cols)
+            target = dense(span.region.shape, start // hop.itemsize)
+            leaving.append(Copy(span.item, span.region, source, target))
+        came: dict[int, list[Copy]] = {}
+        for _, span, start in _placed(incoming):
+            hop = self.hops[span.item]
+            source = dense(span.region.shape, start // hop.itemsize)
+            target = inside(hop.target[rank], span.region, hop.cols)
+            copy = Copy(span.item, span.region, source, target)
+            came.setdefault(span.item, []).append(copy)
+        return CopyList(
+            {chunk.rank: chunk.nbytes for chunk in outgoing},
+            {chunk.rank: chunk.nbytes for chunk in incoming},
+            tuple(leaving),
+            tuple(
+                _arrival(rank, item, hop, came.get(item, ()))
+                for item, hop in enumerate(self.hops)
+            ),
+        )
+
+
+def _chunk(other: int, parts: Sequence[tuple[int, int, Region]]) -> Chunk:
+    spans, start = [], HEADER_BYTES
+    for negative_size, item, region in parts:
+        stop = start - region.numel * negative_size
+        spans.append(Span(item, region, start, stop))
+        start = stop
+    return Chunk(other, tuple(spans), -(-start // 8) * 8)
+
+
+def _placed(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Span, int]]:
+    """Every span, and its first byte in the buffer of all messages."""
+    start = 0
+    for chunk in chunks:
+        yield from ((chunk, span, start + span.start) for span in chunk.spans)
+        start += chunk.nbytes
+
+
+def _arrival(rank: int, item: int, hop: Move, came: Sequence[Copy]) -> Arrival:
+    """The new piece of one matrix on one rank."""
+    held, wanted = hop.source[rank], hop.target[rank]
+    if hop.summed:
+        place = dense(wanted.shape)
+        summand = [Copy(item, wanted, place, place)] if wanted.numel else []
+        return Arrival(wanted.shape, False, True, True, tuple(summand), tuple(came))
+    own = tuple(
+        Copy(
+            item,
+            shared,
+            inside(held, shared, hop.cols),
+            inside(wanted, shared, hop.cols),
+        )
+        for shared in shared_regions(held, wanted, hop.cols)
+    )
+    filled = sum(copy.region.numel for copy in (*own, *came))
+    whole = filled == wanted.numel
+    return Arrival(wanted.shape, held == wanted, whole, False, own, tuple(came))

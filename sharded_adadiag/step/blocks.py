@@ -294,7 +294,7 @@ class BlockUpdates:
         plan: ExchangePlan,
         options: dict[int, Options],
         status: int,
-    ) -> list[int]:
+    ) -> dict[int, int]:
         """Send each new rotation to all ranks and install it; their status words.
 
         Zeros are sent where the old rotation is kept.
@@ -307,7 +307,7 @@ class BlockUpdates:
             status: This rank's status word.
 
         Returns:
-            The status word of each rank.
+            The status words that are not 0, by rank.
         """
         device, rank = self.engine.device, self.engine.comm.rank
         sent, dtypes = [], []

@@ -313,18 +313,18 @@ class Engine:
         return back
 
     def raise_together(
-        self, statuses: Sequence[int], failure: Exception | None
+        self, statuses: dict[int, int], failure: Exception | None
     ) -> None:
         """Raise on every rank if an owner failed.
 
         Args:
-            statuses: The status word of each rank: 0, or 1 + the index of a matrix.
+            statuses: Status words by rank: 1 + the index of a matrix.
             failure: What this rank itself met.
 
         Raises:
             RuntimeError: It names the parameter and the owner.
         """
-        for rank, word in enumerate(statuses):
+        for rank, word in statuses.items():
             if word:
                 name = self.entries[word - 1].spec.name
                 raise RuntimeError(
