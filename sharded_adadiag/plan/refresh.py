@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import everywhere, only_on
+from sharded_adadiag.plan.geometry import everywhere, on_team, only_on
 from sharded_adadiag.plan.matrices import MatrixPlan
 
 
@@ -37,7 +37,7 @@ def refresh_plans(
             collect.append(Move(cols, m.view.layout, target, size))
         for k in sizes:
             source = only_on(owner, k, k, world_size)
-            target = everywhere(k, k, world_size)
+            target = on_team(m.route.team, k, k, world_size)
             distribute.append(Move(k, source, target, m.rotation_dtype.itemsize))
     return (
         ExchangePlan(world_size, tuple(collect)),

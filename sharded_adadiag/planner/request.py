@@ -122,12 +122,12 @@ def answer(request: Request) -> Answer:
         world_size=request.mesh.ranks,
         distribution=request.distribution,
         buffer_bytes=request.buffer_bytes,
+        ranks_per_node=request.ranks_per_node,
     )
     for some in plan.rounds:
         for pair in some.moves:
             for exchange in pair:
-                exchange.sent(0)
-                exchange.received(0)
+                exchange.prepare(0)
     return Answer(plan, time.perf_counter() - start, peak_rss_mb())
 
 
