@@ -26,6 +26,7 @@ class Plan:
         rule: The optimizer.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         buffer_bytes: What the exchanges of a step may take on a rank.
+        ranks_per_node: Consecutive ranks that are on one node; None: all are.
         specs: Every parameter.
         layouts: Where the entries of each parameter are.
         matrices: The parameters that are worked on as whole matrices, by position.
@@ -39,6 +40,7 @@ class Plan:
     rule: Rule
     distribution: str = "auto"
     buffer_bytes: int = BUFFER_BYTES
+    ranks_per_node: int | None = None
     specs: tuple[ParamSpec, ...] = ()
     layouts: tuple[Layout, ...] = ()
     matrices: tuple[MatrixPlan, ...] = ()
@@ -59,6 +61,7 @@ class Plan:
         world_size: int,
         distribution: str = "auto",
         buffer_bytes: int = BUFFER_BYTES,
+        ranks_per_node: int | None = None,
     ) -> Plan:
         """Plan the work on these parameters.
 
@@ -69,11 +72,12 @@ class Plan:
             world_size: Number of ranks.
             distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
             buffer_bytes: What the exchanges of a step may take on a rank.
+            ranks_per_node: Consecutive ranks that are on one node; None: all are.
 
         Returns:
             The plan; equal arguments give equal plans.
         """
-        empty = cls(world_size, rule, distribution, buffer_bytes)
+        empty = cls(world_size, rule, distribution, buffer_bytes, ranks_per_node)
         return empty.extended(specs, layouts)
 
     def extended(self, specs: Sequence[ParamSpec], layouts: Sequence[Layout]) -> Plan:
@@ -95,6 +99,7 @@ class Plan:
             distribution=self.distribution,
             first_index=len(self.specs),
             planned=self.matrices,
+            ranks_per_node=self.ranks_per_node,
         )
         return dataclasses.replace(
             self,
