@@ -24,13 +24,14 @@ from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.refresh import refresh_groups
 from sharded_adadiag.plan.report import Report, report_of
 from sharded_adadiag.plan.rounds import Part
+from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import make_batches
 from sharded_adadiag.step.context import Step
 from sharded_adadiag.step.group_options import GroupOptions
-from sharded_adadiag.step.pipeline import run_round, sum_bytes
+from sharded_adadiag.step.pipeline import run_round
 from sharded_adadiag.step.plain import plain_update
 from sharded_adadiag.step.refresh import refresh_together
 
@@ -197,21 +198,7 @@ class Engine:
             for e in self.entries
         ]
         plan = dataclasses.replace(self.plan, specs=tuple(specs))
-        rehearsed = Step(
-            self.plan.rule,
-            self.comm.rank,
-            self.comm.size,
-            torch.device("meta"),
-            self.entries,
-            options,
-            [],
-            {},
-            [True] * len(self.entries),
-            self.bases,
-            {},
-        )
-        batches = self._batched(device_of(self.entries))
-        return report_of(plan, [sum_bytes(rehearsed, some) for some in batches])
+        return report_of(plan, sums_of(plan))
 
 
 def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:

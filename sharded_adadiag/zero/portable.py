@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
+from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
 from sharded_adadiag.checkpoint.saved_state import SavedState
-from sharded_adadiag.optimizer import RotatedOptimizer
 from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.step.engine import Engine
 
@@ -119,11 +119,11 @@ def _weight(entry: Entry) -> StateTensor:
 
 
 @contextlib.contextmanager
-def _flats_at_hand(engine: Any) -> Generator[tuple[RotatedOptimizer, Engine]]:
+def _flats_at_hand(engine: Any) -> Generator[tuple[Any, Engine]]:
     """The optimizer and its engine; stage 3 hides its flat tensors between steps."""
     zero = engine.optimizer
     optimizer = getattr(zero, "optimizer", zero)
-    if not isinstance(optimizer, RotatedOptimizer):
+    if not isinstance(getattr(optimizer, "method", None), Rule):
         raise TypeError(
             f"the engine's optimizer is {type(optimizer).__name__}; only those of "
             "sharded_adadiag have a portable checkpoint"
@@ -143,7 +143,7 @@ def _flats_at_hand(engine: Any) -> Generator[tuple[RotatedOptimizer, Engine]]:
             zero._clear_fp32_optimizer_param_groups()
 
 
-def _groups(optimizer: RotatedOptimizer, ours: Engine) -> list[dict[str, Any]]:
+def _groups(optimizer: Any, ours: Engine) -> list[dict[str, Any]]:
     """The param groups as `param_groups` sorts them: matrices, and the rest."""
     sorted_groups = []
     for group in optimizer.param_groups:

@@ -77,7 +77,8 @@ def test_a_parameter_whose_shards_are_of_another_number_of_ranks_is_a_mistake():
 
 
 def test_the_head_of_a_step_is_free_alone_and_where_nothing_is_checked():
-    assert plan_of("abcde").agreement_bytes == 4 * (5 + 5)
+    plan = plan_of("abcde")
+    assert plan.agreement_bytes == 4 * (5 + len(plan.watched) + 5)
     alone = Plan.of(*parts("ab", ranks=1), rule=ADADIAG, world_size=1)
     assert alone.agreement_bytes == 0
     specs, layouts = parts("ab")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import random
 from collections.abc import Callable
@@ -359,9 +360,9 @@ def test_nothing_is_kept_of_varying_gradients():
     opt = AdaDiag(named, refresh_every=3)
     chance = random.Random(0)
     sizes = set()
-    for step in range(300):
+    for i in range(300):
         for _, param in named:
-            there = step == 0 or chance.random() < 0.5
+            there = i == 0 or chance.random() < 0.5
             param.grad = torch.ones(3, 4) if there else None
         opt.step()
         sizes.add(reachable(opt._binding))

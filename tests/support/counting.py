@@ -13,12 +13,12 @@ class Counted:
 
     @contextlib.contextmanager
     def watching(self, monkeypatch):
-        to_all, to_sum = ProcessGroup.all_to_all, ProcessGroup.all_reduce_sum_
+        to_all, to_sum = ProcessGroup.start_all_to_all, ProcessGroup.all_reduce_sum_
         to_max = ProcessGroup.all_reduce_max_
 
-        def all_to_all(comm, target, source, received, sent):
+        def start_all_to_all(comm, target, source, received, sent):
             self.count(comm, source.nbytes)
-            to_all(comm, target, source, received, sent)
+            return to_all(comm, target, source, received, sent)
 
         def all_reduce_sum_(comm, tensor):
             self.count(comm, tensor.nbytes)
@@ -29,7 +29,7 @@ class Counted:
             to_max(comm, tensor)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ProcessGroup, "all_to_all", all_to_all)
+            patch.setattr(ProcessGroup, "start_all_to_all", start_all_to_all)
             patch.setattr(ProcessGroup, "all_reduce_sum_", all_reduce_sum_)
             patch.setattr(ProcessGroup, "all_reduce_max_", all_reduce_max_)
             yield
