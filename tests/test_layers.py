@@ -11,6 +11,7 @@ ALLOWED = {
     "algorithm": {"options", "algorithm"},
     "plan": {"options", "algorithm", "plan", "step"},
     "comm": {"plan", "comm"},
+    "planner": {"options", "algorithm", "plan", "params", "planner"},
     "testing": {"testing"},
 }
 
