@@ -15,6 +15,8 @@ EFFICIENCY = 0.85
 WORK, STATE = 1.15, 1.15
 # Many messages of fewer bytes than this cost more than their bytes.
 MESSAGES, MESSAGE_BYTES = 1024, 16384
+# So many that what each of them waits for adds up.
+ROUNDS = 200
 
 
 def as_json(request: Request, made: Answer, figures: Figures) -> dict[str, Any]:
@@ -205,9 +207,16 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
         )
     each = figures.sent_bytes_step_max / max(figures.messages_step_max, 1)
     if figures.messages_step_max > MESSAGES and each < MESSAGE_BYTES:
+        remedy = (
+            "--replicas makes shards fewer and larger"
+            if request.mesh.layout == "fsdp2"
+            else f"--buffer-bytes over {request.buffer_bytes} makes larger ones"
+        )
+        yield f"{figures.messages_step_max:,} messages a step of {size(each)}: {remedy}"
+    if figures.rounds > ROUNDS:
         yield (
-            f"{figures.messages_step_max:,} messages a step of {size(each)} each: "
-            f"--buffer-bytes over {request.buffer_bytes} makes fewer and larger ones"
+            f"{figures.rounds:,} rounds a step, each a wait for the network: "
+            f"--buffer-bytes over {request.buffer_bytes} makes fewer"
         )
 
 
