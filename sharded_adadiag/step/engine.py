@@ -66,14 +66,18 @@ class Engine:
         )
         self._follow(Plan(comm.size, rule, distribution, buffer_bytes))
 
-    def extend(self, entries: Sequence[Entry]) -> None:
+    def extend(
+        self, entries: Sequence[Entry], ranks_per_node: int | None = None
+    ) -> None:
         """Plan further parameters; those planned before keep their owners and state.
 
         Args:
             entries: The new parameters.
+            ranks_per_node: Consecutive ranks that share a node; None if unknown.
         """
         known = len(self.plan.matrices)
-        plan = self.plan.extended(
+        plan = dataclasses.replace(self.plan, ranks_per_node=ranks_per_node)
+        plan = plan.extended(
             [entry.spec for entry in entries], [entry.layout for entry in entries]
         )
         if self.comm.rank == 0:

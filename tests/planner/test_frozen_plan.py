@@ -86,7 +86,8 @@ def test_the_head_of_a_step_is_free_alone_and_where_nothing_is_checked():
         dataclasses.replace(s, options=dataclasses.replace(s.options, nonfinite=how))
         for s, how in zip(specs, ("ignore", "ignore"))
     ]
-    quiet = Plan.of(ignoring, layouts, rule=ADADIAG, world_size=RANKS)
+    how = {"rule": ADADIAG, "world_size": RANKS, "distribution": "owner"}
+    quiet = Plan.of(ignoring, layouts, **how)
     assert quiet.agreement_bytes == 0
 
 
