@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.logical import LogicalState
+from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import communicator
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import Exclusion
 from sharded_adadiag.params.local import Piece, find_group, piece
 from sharded_adadiag.params.publication import is_trained, publish, raise_on_mismatch
@@ -21,6 +22,9 @@ from sharded_adadiag.plan.geometry import by_parameter
 from sharded_adadiag.step.engine import Engine
 from sharded_adadiag.zero import partitions as zero
 from sharded_adadiag.zero.flat import FlatStates
+
+# What a rank may use for exchanges, unless told otherwise.
+BUFFER_BYTES = 48 << 20
 
 
 class _Found(NamedTuple):
@@ -143,7 +147,7 @@ class Binding:
         }
         planned = {
             params[id(engine.entries[i])]: state
-            for i, state in engine.save_state().items()
+            for i, state in _saved_state(engine).save().items()
         }
         return {**planned, **self.kept}
 
@@ -164,8 +168,9 @@ class Binding:
         if self.flats:
             self.flats.load(engine, saved)
             return
-        engine.load_state(self._by_place(engine, saved))
-        logical = LogicalState(engine.comm, engine.device)
+        _saved_state(engine).load(self._by_place(engine, saved))
+        engine.mark_loaded()
+        logical = LogicalState(engine.comm, device_of(engine.entries))
         self.kept = {
             param: {key: logical.keep(value) for key, value in state.items()}
             for param, state in saved.items()
@@ -197,7 +202,8 @@ class Binding:
         """Load what was kept of parameters that are trained by now; a collective."""
         thawed = {p: self.kept.pop(p) for p in list(self.kept) if p in self._planned}
         if thawed:
-            engine.load_state(self._by_place(engine, thawed), partial=True)
+            _saved_state(engine).load(self._by_place(engine, thawed), partial=True)
+            engine.mark_loaded()
 
     def _has_new(self) -> bool:
         return any(is_trained(param) for param in self._waiting)
@@ -290,7 +296,9 @@ class Binding:
                 "own); give each such group an optimizer of its own"
             )
         group = groups[0] if groups else find_group(self._params, self.process_group)
-        self._engine = Engine(self.method, communicator(group), self.distribution)
+        self._engine = Engine(
+            self.method, communicator(group), self.distribution, BUFFER_BYTES
+        )
         return self._engine
 
     def _plan(self, engine: Engine, new: list[_Found], error: str) -> None:
@@ -344,6 +352,10 @@ class Binding:
             for part in parts[param]
         }
         return zero.pieces(parts[param], param, group, self.optimizer, rotates)
+
+
+def _saved_state(engine: Engine) -> SavedState:
+    return SavedState(engine.entries, engine.plan.matrices, engine.comm)
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:

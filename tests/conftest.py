@@ -23,11 +23,14 @@ JOBS = {
 }
 # Test files that take long in one process: many ranks as threads.
 SLOW = {
+    "test_backward_passes",
     "test_checkpoint",
-    "test_distributed",
+    "test_failures",
     "test_layouts",
+    "test_options_on_ranks",
     "test_parity",
     "test_random_cases",
+    "test_traffic",
 }
 
 

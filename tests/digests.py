@@ -13,7 +13,7 @@ import itertools
 import warnings
 
 import torch
-from test_parity import Parameters, sharded_model, train
+from support.training import Parameters, sharded_model, train
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

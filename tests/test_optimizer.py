@@ -3,44 +3,23 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
+from support.plain_run import (
+    CLASSES,
+    give_gradients,
+    parameters,
+    run,
+    warnings_of,
+    weights,
+)
 from torch import nn
 
-from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
-from sharded_adadiag.algorithm import basis as basis_module
+from sharded_adadiag import AdaDiag, AdafacDiag
 from sharded_adadiag.algorithm.update import lacks_basis
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.reference import ReferenceOptimizer
-
-CLASSES = [AdaDiag, AdafacDiag, HfacDiag]
-
-
-def parameters(seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"wide": (5, 8), "tall": (8, 5), "conv": (4, 2, 3, 3), "bias": (7,)}
-    return [
-        (name, nn.Parameter(torch.randn(s, generator=generator).to(dtype)))
-        for name, s in shapes.items()
-    ]
-
-
-def give_gradients(named, step):
-    generator = torch.Generator().manual_seed(100 + step)
-    for _, param in named:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-
-
-def run(opt, named, start, stop):
-    for step in range(start, stop):
-        give_gradients(named, step)
-        opt.step()
-
-
-def weights(named):
-    return [param.detach().clone() for _, param in named]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -272,157 +251,6 @@ def test_maximize_climbs():
     assert bool((param.sum() > 12.0).item())
 
 
-BAD_OPTIONS = {
-    "lr": -1.0,
-    "betas": (0.9, 1.0),
-    "eps": -1e-8,
-    "weight_decay": float("nan"),
-    "sides": "three",
-    "side": "up",
-    "refresh_every": 0,
-    "on_refresh": "drop",
-    "basis": "qr",
-    "max_rotated_dim": 0,
-    "noise_floor": -1.0,
-    "nonfinite": "hide",
-    "state_dtype": torch.int32,
-    "rotation_dtype": "float12",
-    "distribution": "everyone",
-    "maximize": "yes",
-}
-
-
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_an_invalid_option_is_refused_with_its_name_value_and_rule(name):
-    value = BAD_OPTIONS[name]
-    with pytest.raises(ValueError, match=f"invalid {name}: got .*must be") as caught:
-        AdaDiag(parameters(), **{name: value})
-    assert repr(value) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["lr", "sides", "nonfinite"])
-def test_an_invalid_option_of_a_group_is_refused_and_the_group_is_not_added(name):
-    opt = AdaDiag(parameters()[:1])
-    with pytest.raises(ValueError, match=f"invalid {name}"):
-        opt.add_param_group({"params": parameters()[1:], name: BAD_OPTIONS[name]})
-    assert len(opt.param_groups) == 1
-
-
-def test_clip_threshold_and_momentum_belong_to_the_methods_that_have_them():
-    with pytest.raises(TypeError, match="AdaDiag has no option 'clip_threshold'"):
-        AdaDiag(parameters(), clip_threshold=1.0)
-    with pytest.raises(TypeError, match="HfacDiag has no option 'momentum'"):
-        HfacDiag(parameters(), momentum=False)
-    with pytest.raises(ValueError, match="invalid clip_threshold: got 0"):
-        AdafacDiag(parameters(), clip_threshold=0)
-
-
-@pytest.mark.parametrize(
-    "tensor,error",
-    [
-        (torch.ones(3, 3, dtype=torch.int64), "integer dtype torch.int64"),
-        (torch.ones(3, 3, dtype=torch.complex64), "complex dtype torch.complex64"),
-        (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
-    ],
-)
-def test_parameters_of_another_kind_are_refused_by_name(tensor, error):
-    with pytest.raises(TypeError, match=f"strange: .*{error}"):
-        AdaDiag([("strange", tensor)])
-
-
-def test_sparse_gradients_are_refused_by_name():
-    embedding = nn.Embedding(5, 3, sparse=True)
-    opt = AdaDiag(embedding.named_parameters())
-    embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="weight: .*sparse gradients"):
-        opt.step()
-
-
-def test_a_process_group_must_be_one():
-    with pytest.raises(TypeError, match="process_group must be"):
-        AdaDiag(parameters(), process_group="world")
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_nothing_changes_when_a_gradient_is_not_finite(cls):
-    named = parameters()
-    opt = cls(named, lr=1e-2)
-    run(opt, named, 0, 2)
-    before = weights(named) + [
-        v.clone() for s in opt.state.values() for v in s.values()
-    ]
-    give_gradients(named, 2)
-    named[1][1].grad[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="tall: .*NaN or Inf"):
-        opt.step()
-    after = weights(named) + [v for s in opt.state.values() for v in s.values()]
-    for a, b in zip(after, before):
-        assert_equal(a, b)
-
-
-def test_large_finite_gradients_are_not_mistaken_for_infinite_ones():
-    """Their sum overflows float32; every entry is finite."""
-    param = nn.Parameter(torch.zeros(4, 4))
-    opt = AdaDiag([("big", param)], lr=1e-2)
-    param.grad = torch.full((4, 4), 3e38)
-    opt.step()
-    assert float(opt.state[param]["step"]) == 1.0
-
-
-def warnings_of(body):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        body()
-    return [str(w.message) for w in caught]
-
-
-def failing(exception, monkeypatch, names):
-    for name in names:
-
-        def fail(*args, **kwargs):
-            raise exception("did not converge")
-
-        monkeypatch.setattr(torch.linalg, name, fail)
-
-
-def test_an_svd_that_does_not_converge_falls_back_to_eigh_and_warns_once(monkeypatch):
-    named, twin = parameters(), parameters()
-    want = AdaDiag(twin, lr=1e-2, basis="eigh", refresh_every=2)
-    run(want, twin, 0, 4)
-    failing(basis_module.LinAlgError, monkeypatch, ["svd"])
-    opt = AdaDiag(named, lr=1e-2, refresh_every=2)
-    messages = warnings_of(lambda: run(opt, named, 0, 4))
-    assert len(messages) == 3  # one for each matrix, though each was refreshed twice
-    assert any("wide: " in m and "eigh was used" in m for m in messages)
-    for a, b in zip(weights(named), weights(twin)):
-        assert_equal(a, b)
-
-
-def test_if_eigh_fails_as_well_the_old_basis_is_kept(monkeypatch):
-    named = parameters()
-    opt = AdaDiag(named, lr=1e-2, refresh_every=2)
-    run(opt, named, 0, 2)
-    old = opt.state[named[0][1]]["rotation_left"].clone()
-    failing(basis_module.LinAlgError, monkeypatch, ["svd", "eigh"])
-    messages = warnings_of(lambda: run(opt, named, 2, 4))
-    assert any("wide: " in m and "the old basis was kept" in m for m in messages)
-    assert_equal(opt.state[named[0][1]]["rotation_left"], old)
-
-
-def test_a_decomposition_that_returns_nan_without_an_error_is_noticed(monkeypatch):
-    real = torch.linalg.svd
-
-    def silent(*args, **kwargs):
-        u, s, vh = real(*args, **kwargs)
-        return u * float("nan"), s, vh
-
-    monkeypatch.setattr(torch.linalg, "svd", silent)
-    named = parameters()
-    messages = warnings_of(lambda: run(AdaDiag(named, lr=1e-2), named, 0, 1))
-    assert any("wide: " in m and "eigh was used" in m for m in messages)
-    assert all(bool(w.isfinite().all()) for w in weights(named))
-
-
 def test_a_first_step_of_zero_gradients_only_creates_the_states():
     named = parameters()
     opt = AdaDiag(named, lr=1e-2, weight_decay=0.1)
@@ -460,16 +288,3 @@ def test_describe_prints_owners_and_loads():
     assert "wide" in text
     assert "0 collectives per step" in text
     assert "rank" in text
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-@pytest.mark.parametrize("basis", ["svd", "eigh"])
-def test_extreme_scales_give_finite_weights(basis, scale):
-    named = parameters()
-    opt = AdaDiag(named, lr=1e-2, basis=basis, refresh_every=2)
-    for step in range(4):
-        give_gradients(named, step)
-        for _, param in named:
-            param.grad *= scale
-        opt.step()
-    assert all(bool(w.isfinite().all()) for w in weights(named))

@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import sharded_adadiag
 
-ROOT = Path(__file__).parent.parent
 BUILD = """
 import sys
 from setuptools import build_meta

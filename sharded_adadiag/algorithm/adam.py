@@ -95,4 +95,7 @@ def adam_directions(
 
 def _working(moment: Tensor | None, grad: Tensor) -> Tensor:
     """The moment in the dtype of the computation: itself, or a copy."""
-    return torch.zeros_like(grad) if moment is None else moment.to(grad.dtype)
+    if moment is None:
+        return torch.zeros_like(grad)
+    # The fused kernel walks through memory; a block of a moment has gaps in it.
+    return moment.to(grad.dtype).contiguous()

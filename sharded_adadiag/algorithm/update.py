@@ -13,7 +13,7 @@ A side that is not rotated has the identity for its basis, without storing one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -25,10 +25,29 @@ from sharded_adadiag.algorithm.rotation import (
     suppress_noise,
 )
 from sharded_adadiag.algorithm.state import Rule, rotated_sides
-from sharded_adadiag.algorithm.sums import Sums, run_on_full_matrices
+from sharded_adadiag.algorithm.sums import Sums
 from sharded_adadiag.options import Options
 
 State = dict[str, Tensor]
+
+
+def basis_of(grad: Tensor, state: State, options: Options) -> Basis:
+    """Step 2: the basis of the current gradient.
+
+    Args:
+        grad: G_t, ``[m, n]``, in the dtype of the computation.
+        state: Moments and rotations; a side is rotated if it has a rotation here.
+        options: For ``basis``.
+
+    Returns:
+        The basis; both sides are None where there is no new one.
+    """
+    return compute_basis(
+        _precise(grad, state),
+        left="rotation_left" in state,
+        right="rotation_right" in state,
+        method=options.basis,
+    )
 
 
 def update(
@@ -38,41 +57,34 @@ def update(
     method: Rule,
     options: Options,
     steps: Sequence[int],
-    refresh: Sequence[bool],
-    note: Callable[[int, Basis], None],
-) -> list[Tensor]:
-    """Steps 2-6 and the rotation back for a batch of matrices of one shape.
+    shape: tuple[int, int],
+    left: bool,
+    right: bool,
+) -> Sums[list[Tensor]]:
+    """Steps 3-6 and the rotation back for a batch of matrices of one shape.
 
     Args:
-        grads: G_t of each, ``[m, n]``, in the dtype of the computation.
-        states: Moments and rotations of each; modified in place.
+        grads: G_t of each, ``[m, n]`` or a block of it that is whole along each
+            rotated dimension, in the dtype of the computation.
+        states: Moments and rotations of each; the moments are modified in place.
         method: The optimizer.
         options: Its options.
         steps: t of each, counted from 1.
-        refresh: Whether the basis of each is due.
-        note: Called with the position of a matrix whose basis was due, and the basis.
+        shape: ``(m, n)`` of the full matrices.
+        left: P is applied here.
+        right: Q is applied here.
+
+    Yields:
+        Sums over the entries at hand.
 
     Returns:
-        ``P N_t Q^T`` of each, ``[m, n]``.
+        ``P N_t Q^T`` of each, or its block.
     """
-    for i, due in enumerate(refresh):
-        if due:
-            basis = compute_basis(
-                _precise(grads[i], states[i]),
-                left="rotation_left" in states[i],
-                right="rotation_right" in states[i],
-                method=options.basis,
-            )
-            note(i, basis)
-            install(states[i], basis, options)
-    left = rotations(states, "rotation_left", grads[0])
-    right = rotations(states, "rotation_right", grads[0])
-    rotated = rotate(grads, left, right)
-    shape = (grads[0].shape[0], grads[0].shape[1])
-    directions = run_on_full_matrices(
-        moment_rule(method, rotated, states, options, steps, shape)
-    )
-    return rotate_back(directions, left, right)
+    p = rotations(states, "rotation_left", grads[0]) if left else None
+    q = rotations(states, "rotation_right", grads[0]) if right else None
+    rotated = rotate(grads, p, q)
+    directions = yield from moment_rule(method, rotated, states, options, steps, shape)
+    return rotate_back(directions, p, q)
 
 
 def moment_rule(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,15 +17,29 @@ from torch.optim import Optimizer
 from sharded_adadiag.checkpoint.matching import match_groups
 from sharded_adadiag.options import Options, name_dtypes
 
-if TYPE_CHECKING:
-    from sharded_adadiag.binding import Binding
-
 # Of the saved form. It is a key of the param groups, because that is all of a state
 # dict that torch.distributed.checkpoint keeps besides the states. The number of skipped
 # steps rides on it, times this: torch.distributed.checkpoint refuses a checkpoint that
 # lacks a key of the live optimizer, so a key of its own would shut out the older ones.
 FORMAT_VERSION = 1
 _PER_SKIPPED_STEP = 1000
+
+
+class Binding(Protocol):
+    """What the hooks need of an optimizer's binding to its engine."""
+
+    skipped_steps: int
+
+    def states(self) -> list[dict[str, Any]]:
+        """The states of all parameters, as they are held."""
+
+    def save_state(self) -> dict[Tensor, dict[str, Any]]:
+        """The saved form of the states; a collective."""
+
+    def load_state(
+        self, saved: dict[Tensor, dict[str, Any]], held: Iterable[Tensor] = ()
+    ) -> None:
+        """Put a saved state where it belongs; a collective."""
 
 
 @contextlib.contextmanager

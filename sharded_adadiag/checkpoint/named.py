@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from sharded_adadiag.optimizer import RotatedOptimizer
-
 
 def named_state_dict(
-    optimizer: RotatedOptimizer, *, full_state_dict: bool = False
+    optimizer: Any, *, full_state_dict: bool = False
 ) -> dict[str, Any]:
     """What ``get_optimizer_state_dict`` of torch gives, also for FSDP1.
 
@@ -36,7 +33,7 @@ def named_state_dict(
             "named_state_dict: the optimizer's parameters have no names; make it of "
             "param_groups(model) or model.named_parameters()"
         )
-    optimizer.state_bytes()
+    optimizer.state_bytes()  # creates missing states
     saved = optimizer.state_dict()
     names: dict[int, str] = {}
     groups = []

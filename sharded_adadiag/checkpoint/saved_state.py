@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -17,34 +17,40 @@ from sharded_adadiag.checkpoint.logical import (
     as_column,
     vector_layout,
 )
+from sharded_adadiag.comm.collectives import Communicator
+from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.local import is_distributed, local
 from sharded_adadiag.plan.geometry import Layout, on_team
 from sharded_adadiag.plan.matrices import MatrixPlan
 
-if TYPE_CHECKING:
-    from sharded_adadiag.step.engine import Engine
-
 
 class SavedState:
-    """Saves and loads the states of an engine.
+    """Saves and loads the states of planned parameters.
 
     Args:
-        engine: With its states allocated.
+        entries: The parameters, with their states allocated.
+        matrices: The plan of those that are seen as matrices.
+        comm: The ranks that share them.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.logical = LogicalState(engine.comm, engine.device)
-        self.matrices = {matrix.index: matrix for matrix in engine.matrices}
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        matrices: Iterable[MatrixPlan],
+        comm: Communicator,
+    ) -> None:
+        self.entries = entries
+        self.logical = LogicalState(comm, device_of(entries))
+        self.matrices = {matrix.index: matrix for matrix in matrices}
         # What has left the param groups is no part of the saved form.
-        self.members = [i for i, entry in enumerate(engine.entries) if entry.member]
+        self.members = [i for i, entry in enumerate(entries) if entry.member]
 
     def save(self) -> dict[int, dict[str, Any]]:
         """Every state in logical form; a collective."""
         saved: dict[int, dict[str, Any]] = {}
         moving: list[tuple[int, StateTensor]] = []
         for i in self.members:
-            state = self.engine.entries[i].state()
+            state = self.entries[i].state()
             saved[i] = {"step": state["step"]}
             for tensor in self._tensors(i):
                 value = state[tensor.key]
@@ -53,7 +59,7 @@ class SavedState:
                 whole = tensor.nbytes == 0 or tensor.layout.is_everywhere()
                 if i in self.matrices or not (is_distributed(value) or whole):
                     moving.append((i, tensor))
-        pieces = [self.engine.entries[i].state()[t.key] for i, t in moving]
+        pieces = [self.entries[i].state()[t.key] for i, t in moving]
         values = self.logical.save([t for _, t in moving], pieces)
         for (i, tensor), value in zip(moving, values):
             saved[i][tensor.key] = value
@@ -73,19 +79,19 @@ class SavedState:
         }
         everyone = self.members if saved and not partial else ()
         for i in sorted(set(everyone) - set(saved)):
-            name = self.engine.entries[i].spec.name
+            name = self.entries[i].spec.name
             _warn(f"{name}: the loaded state has nothing of it; starts anew")
         wanted: list[tuple[int, StateTensor]] = []
         for i, values in saved.items():
             accepted = self._accepted(i, values)
             wanted.extend((i, tensor) for tensor in accepted)
             if accepted and "step" in values:
-                step = self.engine.entries[i].state()["step"]
+                step = self.entries[i].state()["step"]
                 step.fill_(float(values["step"]))
         tensors = [t for _, t in wanted]
         pieces = self.logical.load(tensors, [saved[i][t.key] for i, t in wanted])
         for (i, tensor), piece in zip(wanted, pieces):
-            live = local(self.engine.entries[i].state()[tensor.key])
+            live = local(self.entries[i].state()[tensor.key])
             live.copy_(piece.view(live.shape))
 
     def save_pieces(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -100,7 +106,7 @@ class SavedState:
             for i in self.members
             for tensor in self._tensors(i)
         ]
-        live = [local(self.engine.entries[i].state()[t.key]) for i, t in tensors]
+        live = [local(self.entries[i].state()[t.key]) for i, t in tensors]
         pieces = self.logical.save_pieces([t for _, t in tensors], live)
         saved: dict[int, dict[str, torch.Tensor]] = {}
         for (i, tensor), piece in zip(tensors, pieces):
@@ -121,17 +127,17 @@ class SavedState:
             accepted = self._accepted(i, values, bases=bases)
             wanted.extend((i, self._in_place(i, tensor)) for tensor in accepted)
             if accepted and "step" in values:
-                self.engine.entries[i].state()["step"].fill_(float(values["step"]))
+                self.entries[i].state()["step"].fill_(float(values["step"]))
         pieces = self.logical.load_pieces(
             [t for _, t in wanted], [saved[i][t.key] for i, t in wanted]
         )
         for (i, tensor), piece in zip(wanted, pieces):
-            live = local(self.engine.entries[i].state()[tensor.key])
+            live = local(self.entries[i].state()[tensor.key])
             live.copy_(piece.view(live.shape))
 
     def _in_place(self, i: int, tensor: StateTensor) -> StateTensor:
         """With the parameter's own regions for its saved form, if it has its shape."""
-        entry = self.engine.entries[i]
+        entry = self.entries[i]
         if tensor.shape != entry.spec.shape:
             return tensor
         layout = entry.layout if i in self.matrices else tensor.layout
@@ -144,7 +150,7 @@ class SavedState:
         tensors = list(self._tensors(i))
         missing = sorted(t.key for t in tensors if t.key not in values)
         unknown = sorted(set(values) - {t.key for t in tensors} - {"step"})
-        name = self.engine.entries[i].spec.name
+        name = self.entries[i].spec.name
         if unknown:
             _warn(f"{name}: {', '.join(unknown)} of the loaded state was dropped")
         if any(not key.startswith("rotation") for key in missing):
@@ -159,7 +165,7 @@ class SavedState:
 
     def _tensors(self, i: int) -> Iterator[StateTensor]:
         """Everything kept for a parameter, but for its step count."""
-        entry = self.engine.entries[i]
+        entry = self.entries[i]
         if i in self.matrices:
             yield from self._matrix_tensors(self.matrices[i])
             return
@@ -175,7 +181,7 @@ class SavedState:
                 )
 
     def _matrix_tensors(self, m: MatrixPlan) -> Iterator[StateTensor]:
-        shape = self.engine.entries[m.index].spec.shape
+        shape = self.entries[m.index].spec.shape
         moments = m.route.moments.layout
         rows, cols = m.view.rows, m.view.cols
         for key, dims in m.moments.items():
@@ -191,7 +197,7 @@ class SavedState:
             ("rotation_right", m.right, cols),
         ):
             if wanted:
-                layout = on_team(m.route.team, k, k, self.engine.comm.size)
+                layout = on_team(m.route.team, k, k, self.logical.comm.size)
                 yield self._tensor(m, key, (k, k), (k, k), layout)
 
     def _tensor(

@@ -15,13 +15,14 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_adadiag.comm.collectives import Communicator, Done, Handle
-from sharded_adadiag.plan.copies import CopyList, Place, dense, inside
+from sharded_adadiag.plan.copies import Arrival, CopyList, Place, dense, inside
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.geometry import Region
 
@@ -181,27 +182,38 @@ class Pending:
             self._received.memory, self._sent.memory, got, sent
         )
 
-    def finish(self) -> tuple[list[Tensor], dict[int, int]]:
+    def finish(self, apart: Collection[int] = ()) -> tuple[list[Any], dict[int, int]]:
         """Wait for the data and put this rank's new pieces together.
 
         On an accelerator the host waits once if another rank has sent anything: for
         the status words, when all copies are in the queue. Else it does not wait.
 
+        Args:
+            apart: Positions of matrices that are not put together.
+
         Returns:
             This rank's piece of each matrix in the target layout, and the status
             words that are not 0, by rank: of the ranks that sent data, and its own.
-            A piece that neither moves nor changes dtype is returned as it is.
+            A piece that neither moves nor changes dtype is returned as it is. Of a
+            matrix that is not put together the result is what this rank has now, its
+            own share first, then what came in rank order: pairs of a region and its
+            entries in the wanted dtype. Where no dtype changes these are views of the
+            given pieces and of the bytes received, valid until the next exchange of
+            the same name.
         """
         self._wait()
-        results: list[Tensor] = []
+        results: list[Any] = []
         copied: list[tuple[Tensor, Tensor]] = []
         added: list[tuple[Tensor, Tensor]] = []
-        room = self._room()
+        room = self._room(apart)
         for i, arrival in enumerate(self.copies.arrivals):
+            if i in apart:
+                results.append(self._parts(i, arrival))
+                continue
             if arrival.unmoved:
                 results.append(self.given[i].to(self.work[i]))
                 continue
-            assert arrival.whole, "only a part of the matrix comes: see parts()"
+            assert arrival.whole, "only a part of the matrix comes"
             out = next(room)
             results.append(out)
             for copy in arrival.own:
@@ -216,28 +228,21 @@ class Pending:
         return results, self._statuses()
 
     def parts(self) -> tuple[list[list[tuple[Region, Tensor]]], dict[int, int]]:
-        """Wait for the data and return it as it came, not put together.
-
-        The host waits as in `finish`.
+        """Wait for the data and return all of it as it came, not put together.
 
         Returns:
-            For each matrix the regions that this rank has now, its own share first,
-            then what came in rank order, each with its entries in the wanted dtype
-            and the shape of the region; and the status words as `finish` returns them.
-            Where no dtype changes these are views of the given pieces and of the bytes
-            received: valid until the next exchange of the same name.
+            As from `finish`.
         """
-        self._wait()
-        found: list[list[tuple[Region, Tensor]]] = []
-        for i, arrival in enumerate(self.copies.arrivals):
-            assert not arrival.summed, "a sum has no parts"
-            dtype, piece = self.work[i], self.pieces[i]
-            here = [(c.region, _view(piece, c.source).to(dtype)) for c in arrival.own]
-            for copy in arrival.came:
-                data = self._arrived(i, copy.source).to(self.device, dtype)
-                here.append((copy.region, data))
-            found.append(here)
-        return found, self._statuses()
+        return self.finish(range(len(self.copies.arrivals)))
+
+    def _parts(self, i: int, arrival: Arrival) -> list[tuple[Region, Tensor]]:
+        assert not arrival.summed, "a sum has no parts"
+        dtype, piece = self.work[i], self.pieces[i]
+        here = [(c.region, _view(piece, c.source).to(dtype)) for c in arrival.own]
+        for copy in arrival.came:
+            data = self._arrived(i, copy.source).to(self.device, dtype)
+            here.append((copy.region, data))
+        return here
 
     def _wait(self) -> None:
         assert not self.ended, "an exchange ends once"
@@ -248,12 +253,12 @@ class Pending:
         assert self._received is not None
         return self._received.of(self.wire[item], place)
 
-    def _room(self) -> Iterator[Tensor]:
+    def _room(self, apart: Collection[int]) -> Iterator[Tensor]:
         """Uninitialised results for the matrices that move, in order."""
         made = [
             (arrival.shape, dtype)
-            for arrival, dtype in zip(self.copies.arrivals, self.work)
-            if not arrival.unmoved
+            for i, (arrival, dtype) in enumerate(zip(self.copies.arrivals, self.work))
+            if not arrival.unmoved and i not in apart
         ]
         if not self.into:  # who keeps one result keeps no memory of the others
             for shape, dtype in made:

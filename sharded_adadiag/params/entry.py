@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_adadiag.params.local import Piece
@@ -57,3 +59,9 @@ class Entry:
 
 def _gone(*_: Any) -> Any:
     raise RuntimeError("the parameter has left the optimizer")
+
+
+def device_of(entries: Iterable[Entry]) -> torch.device:
+    """Where the parameters are; the CPU if there are none."""
+    here = (entry.param.device for entry in entries if entry.member)
+    return next(here, torch.device("cpu"))

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
+from torch.optim import Optimizer
 
-from sharded_adadiag.optimizer import RotatedOptimizer
+from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.params.grouping import param_groups
 
 
-def model_factory(optimizer: type[RotatedOptimizer]) -> type[ModelFactory]:
+def model_factory(optimizer: type[Optimizer]) -> type[ModelFactory]:
     """A class whose instances make the optimizer of a model.
 
     ``model_factory(AdaDiag)()(model, lr=1e-3, exclude=["*.router.*"])`` is
@@ -37,7 +38,7 @@ def model_factory(optimizer: type[RotatedOptimizer]) -> type[ModelFactory]:
         TypeError: If `optimizer` is not one of these classes.
     """
     is_class = isinstance(optimizer, type)
-    if not (is_class and issubclass(optimizer, RotatedOptimizer)):
+    if not (is_class and isinstance(getattr(optimizer, "method", None), Rule)):
         got = optimizer.__name__ if is_class else f"an object of {type(optimizer)}"
         raise TypeError(
             f"model_factory: got {got}, it must be the class AdaDiag, AdafacDiag, "
@@ -51,7 +52,7 @@ def model_factory(optimizer: type[RotatedOptimizer]) -> type[ModelFactory]:
 class _FactoryType(type):
     """The type of what `model_factory` returns, which is printed as the call."""
 
-    optimizer: type[RotatedOptimizer]
+    optimizer: type[Optimizer]
 
     def __repr__(cls) -> str:
         if "optimizer" not in vars(cls):  # a subclass made by the user
@@ -70,7 +71,7 @@ class ModelFactory(metaclass=_FactoryType):
         *,
         exclude: str | Iterable[str] = (),
         **options: Any,
-    ) -> RotatedOptimizer:
+    ) -> Optimizer:
         """Make the optimizer of a model.
 
         Args:
@@ -94,10 +95,10 @@ class ModelFactory(metaclass=_FactoryType):
         return f"{type(self)!r}()"
 
 
-_made: dict[type[RotatedOptimizer], type[ModelFactory]] = {}
+_made: dict[type[Optimizer], type[ModelFactory]] = {}
 
 
-def _make(optimizer: type[RotatedOptimizer]) -> type[ModelFactory]:
+def _make(optimizer: type[Optimizer]) -> type[ModelFactory]:
     name = optimizer.__name__
     content = {
         "__doc__": f"Instances make the {name} of a model; see ``model_factory``.",

@@ -89,6 +89,9 @@ class MatrixPlan:
     moments: dict[str, tuple[str, ...]]
     cuttable: bool = False
 
+    def __hash__(self) -> int:
+        return self.index
+
     @property
     def rotated(self) -> bool:
         """Whether any side is rotated."""

@@ -154,19 +154,40 @@ class Plan:
         return count * moment_dtype(spec.options, spec.dtype).itemsize
 
     @property
+    def shared(self) -> tuple[MatrixPlan, ...]:
+        """Rotated matrices of which no rank has the whole gradient in a round."""
+        found = {
+            part.matrix.index: part.matrix
+            for round_ in self.rounds
+            for part in round_.parts
+            if part.matrix.rotated
+            and (part.matrix.route.kind != "owner" or not part.whole)
+        }
+        return tuple(found.values())
+
+    @property
+    def watched(self) -> tuple[MatrixPlan, ...]:
+        """Matrices of which ranks outside their team take part in a refresh."""
+        if self.world_size == 1:
+            return ()
+        return tuple(m for m in self.shared if len(m.route.team) < self.world_size)
+
+    @property
     def agreement_bytes(self) -> int:
         """Bytes of the all-reduce at the head of a step; 0 if there is none.
 
         Four bytes for each flag: a gradient is there, of each parameter; one is
-        missing, of each that several ranks hold copies of; and four for the rest.
+        missing, of each that several ranks hold copies of; there is no basis yet, of
+        each matrix in `watched`; and five for the rest.
         """
         taking_part = (s for i, s in enumerate(self.specs) if i not in self.left_out)
         checked = any(spec.options.nonfinite != "ignore" for spec in taking_part)
-        if self.world_size == 1 or not checked:
+        watched = len(self.watched)
+        if self.world_size == 1 or not (checked or watched):
             return 0
         alike = Counter(self.layouts)
         copied = sum(count for layout, count in alike.items() if has_copies(layout))
-        return 4 * (len(self.specs) + copied + 4)
+        return 4 * (len(self.specs) + copied + watched + 5)
 
     def _make_rounds(self, matrices: Sequence[MatrixPlan]) -> list[Round]:
         return make_rounds(matrices, self.world_size, self.buffer_bytes)

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import everywhere, on_team, only_on
 from sharded_adadiag.plan.matrices import MatrixPlan
 
+# Which bases are due together may differ from refresh to refresh.
+PLANS_KEPT = 16
 
+
+def refresh_groups(
+    matrices: Sequence[MatrixPlan], limit: int
+) -> Iterator[list[MatrixPlan]]:
+    """Matrices whose bases are due, as many at a time as their heads have room for.
+
+    Args:
+        matrices: Equal on every rank.
+        limit: Bytes of whole gradients on one head; a larger one comes alone.
+
+    Yields:
+        Some of them.
+    """
+    level: dict[int, tuple[int, int]] = {}  # by head: its group, and bytes there
+    found: dict[int, list[MatrixPlan]] = {}
+    for m in matrices:
+        size = m.view.numel * m.view.work_itemsize
+        group, filled = level.get(m.route.owner, (0, 0))
+        if filled and filled + size > limit:
+            group, filled = group + 1, 0
+        level[m.route.owner] = group, filled + size
+        found.setdefault(group, []).append(m)
+    yield from (found[group] for group in sorted(found))
+
+
+@functools.lru_cache(PLANS_KEPT)
 def refresh_plans(
-    matrices: Sequence[MatrixPlan], by_gram: Sequence[bool], world_size: int
+    matrices: tuple[MatrixPlan, ...], by_gram: tuple[bool, ...], world_size: int
 ) -> tuple[ExchangePlan, ExchangePlan]:
-    """What a refresh moves: to the heads, and the rotations to who applies them.
+    """What a refresh moves: to the heads, and the rotations to the teams.
 
     Args:
         matrices: Those whose bases are due.
@@ -33,8 +62,7 @@ def refresh_plans(
             collect.append(Move(k, summands, target, 8, summed=True))
         else:
             target = only_on(owner, rows, cols, world_size)
-            size = m.view.grad_itemsize
-            collect.append(Move(cols, m.view.layout, target, size))
+            collect.append(Move(cols, m.view.layout, target, m.view.grad_itemsize))
         for k in sizes:
             source = only_on(owner, k, k, world_size)
             target = on_team(m.route.team, k, k, world_size)

@@ -5,17 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from sharded_adadiag.options import Options
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import STEP_BYTES, Plan
-from sharded_adadiag.plan.refresh import refresh_plans
-from sharded_adadiag.plan.rounds import Part, Round
-
-if TYPE_CHECKING:
-    from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.plan.refresh import refresh_groups, refresh_plans
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,43 +169,6 @@ def report_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Report:
     )
 
 
-def make_report(engine: Engine) -> Report:
-    """The report of an engine's plan.
-
-    Args:
-        engine: With its parameters planned.
-
-    Returns:
-        The report, equal on every rank.
-    """
-    specs = []
-    for entry in engine.entries:
-        now = Options.from_group(entry.group)
-        options = dataclasses.replace(
-            entry.spec.options, basis=now.basis, nonfinite=now.nonfinite
-        )
-        specs.append(dataclasses.replace(entry.spec, options=options))
-    plan = Plan(
-        engine.comm.size,
-        engine.method,
-        engine.distribution,
-        specs=tuple(specs),
-        layouts=tuple(entry.layout for entry in engine.entries),
-        matrices=tuple(engine.matrices),
-        rounds=tuple(
-            Round(
-                tuple(map(Part.all_of, bucket.matrices)),
-                engine.comm.size,
-                bucket.hops,
-                bucket.members,
-            )
-            for bucket in engine.buckets
-        ),
-        left_out=frozenset(i for i, e in enumerate(engine.entries) if not e.member),
-    )
-    return report_of(plan, [engine.sum_bytes(bucket) for bucket in engine.buckets])
-
-
 def state_bytes(plan: Plan) -> list[int]:
     """Bytes of moments, rotations and step counts that each rank keeps.
 
@@ -290,23 +247,13 @@ def refreshes_of(plan: Plan) -> list[ExchangePlan]:
         plan: The plan.
 
     Returns:
-        None of bases that only their owner applies.
+        None for bases that a rank computes from what it has in a round.
     """
     exchanges: list[ExchangePlan] = []
-    seen: set[int] = set()
-    for some in plan.rounds:
-        due = [
-            part.matrix
-            for part in some.parts
-            if part.matrix.rotated
-            and part.matrix.route.kind != "owner"
-            and part.matrix.index not in seen
-        ]
-        if due:
-            seen.update(m.index for m in due)
-            basis = [plan.specs[m.index].options.basis for m in due]
-            by_gram = [m.by_gram(method) for m, method in zip(due, basis)]
-            exchanges.extend(refresh_plans(due, by_gram, plan.world_size))
+    for due in refresh_groups(plan.shared, plan.buffer_bytes):
+        basis = [plan.specs[m.index].options.basis for m in due]
+        by_gram = tuple(m.by_gram(method) for m, method in zip(due, basis))
+        exchanges.extend(refresh_plans(tuple(due), by_gram, plan.world_size))
     return exchanges
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sharded_adadiag.step.group_options import Reading, differences
+from sharded_adadiag.comm.collectives import Communicator
+from sharded_adadiag.comm.jobs import Failures
+from sharded_adadiag.params.entry import Entry, device_of
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.step.bases import KnownBases
+from sharded_adadiag.step.group_options import GroupOptions, Reading, differences
 from sharded_adadiag.step.replicas import check_presence, check_replicas, has_replicas
-
-if TYPE_CHECKING:
-    from sharded_adadiag.step.engine import Engine
 
 _NONFINITE, _SPARSE, _UNREDUCED, _WIDER = 1, 2, 3, 4
 _KINDS = 8
@@ -34,11 +35,16 @@ class Agreement:
     Further it tells whether a rank has new parameters or invalid options, and compares
     the ranks' param groups by a fingerprint.
 
-    Once every group says ``nonfinite="ignore"`` there is none, and none of this is
-    compared: ranks must then edit their groups alike.
+    Once every group says ``nonfinite="ignore"`` there is none (unless some ranks work
+    on a matrix together, and the others must know when), and none of this is compared:
+    ranks must then edit their groups alike.
 
     Args:
-        engine: Whose steps they are.
+        name: The optimizer's, for messages.
+        comm: The ranks.
+        entries: The parameters; the list grows as more are planned.
+        group_options: Reads the options of their groups.
+        bases: Which matrices have a basis.
 
     Attributes:
         started: A real step has been made.
@@ -47,10 +53,25 @@ class Agreement:
         skipped_steps: Steps skipped for a non-finite gradient.
         largest: The magnitude of this rank's gradients in this step, by position of
             the parameter, as far as it was looked at.
+        watched: Matrices of which ranks outside their team take part in a refresh.
+        lacking: Whether each of these has no basis yet, by position of the parameter.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        name: str,
+        comm: Communicator,
+        entries: Sequence[Entry],
+        group_options: GroupOptions,
+        bases: KnownBases,
+    ) -> None:
+        self.name = name
+        self.comm = comm
+        self.entries = entries
+        self.group_options = group_options
+        self.bases = bases
+        self.watched: Sequence[MatrixPlan] = ()
+        self.lacking: dict[int, bool] = {}
         self.started = False
         self.compared = 0
         self.skipped_steps = 0
@@ -62,19 +83,25 @@ class Agreement:
     @property
     def copied(self) -> list[bool]:
         """Whether ranks hold copies of any part of each parameter."""
-        for entry in self.engine.entries[len(self._copied) :]:
+        for entry in self.entries[len(self._copied) :]:
             self._copied.append(has_replicas(entry.layout))
         return self._copied
 
     def nbytes(self) -> int:
         """Bytes of the all-reduce of an ordinary step; 0 if there is none."""
-        entries = self.engine.entries
+        entries = self.entries
         checked = any(e.member and e.group["nonfinite"] != "ignore" for e in entries)
-        flags = len(entries) + sum(self.copied) + 4
-        return 4 * flags if self.engine.comm.size > 1 and checked else 0
+        flags = len(entries) + sum(self.copied) + len(self.watched) + 5
+        made = self.comm.size > 1 and (checked or self.watched)
+        return 4 * flags if made else 0
 
     def reach(
-        self, grads: Sequence[Tensor | None], now: Reading, *, new: bool
+        self,
+        grads: Sequence[Tensor | None],
+        now: Reading,
+        *,
+        new: bool,
+        failures: Failures,
     ) -> list[bool] | None:
         """Agree on a step.
 
@@ -82,23 +109,25 @@ class Agreement:
             grads: This rank's gradients, by parameter.
             now: The options of each group.
             new: This rank has parameters that are not planned yet.
+            failures: What this rank knows to have failed in an earlier step. Ranks
+                that wait for no data of the rank that failed learn of it here.
 
         Returns:
             Which parameters take part, the same on all ranks; None to do nothing.
 
         Raises:
-            RuntimeError: On every rank, for a gradient on any that is sparse, not
-                finite, of a wider dtype than planned or not the rank's piece of the
-                whole, or that is missing on one of two ranks with the same piece.
+            RuntimeError: On every rank, if an earlier step failed on any, and for a
+                gradient on any that is sparse, not finite, of a wider dtype than
+                planned or not the rank's piece of the whole, or that is missing on
+                one of two ranks with the same piece.
             ValueError: On every rank, for options that are invalid or fixed by the
                 plan, param groups that differ between ranks and, before the first
                 step and the first one after a load, different replicas.
         """
-        engine = self.engine
         own = _COMPLAINT if now.complaint else _NEW if new else 0
         policies = [
             "ignore" if own or not e.member else now.options[id(e.group)].nonfinite
-            for e in engine.entries
+            for e in self.entries
         ]
         present = [int(grad is not None) for grad in grads]
         problem = 0 if own else self._problem(grads, policies)
@@ -107,14 +136,17 @@ class Agreement:
             or any(g is not None and not problem and bool(g.any()) for g in grads)
         )
         checked = any(policy != "ignore" for policy in policies)
-        flags = [*present, *self._missing(grads)]
-        flags += [problem, state, now.fingerprint, -now.fingerprint]
-        if engine.comm.size > 1 and (checked or self._checked or not self.started):
+        flags = [*present, *self._missing(grads), *self._lacks()]
+        flags += [failures.status, problem, state, now.fingerprint, -now.fingerprint]
+        asked = checked or self._checked or not self.started or self.watched
+        if self.comm.size > 1 and asked:
             shared = torch.tensor(flags, dtype=torch.int32)
-            shared = shared.to(engine.comm.device(engine.device))
-            engine.comm.all_reduce_max_(shared)
+            shared = shared.to(self.comm.device(device_of(self.entries)))
+            self.comm.all_reduce_max_(shared)
             flags = shared.tolist()
-        *flags, problem, state, high, low = flags
+        *flags, failed, problem, state, high, low = flags
+        failures.status = failed
+        failures.raise_noted([entry.spec.name for entry in self.entries])
         self.unplanned = state == _NEW
         if state == _COMPLAINT or high != -low:
             self._raise_differences(now)
@@ -124,6 +156,8 @@ class Agreement:
         if problem:
             self._refuse(problem)
             return None
+        lacks = flags[len(flags) - len(self.watched) :]
+        self.lacking = {m.index: bool(x) for m, x in zip(self.watched, lacks)}
         self._compare(present, flags, weights=bool(state))
         if not state:
             return None
@@ -134,31 +168,40 @@ class Agreement:
         """Of each parameter with copies, whether this rank lacks a gradient of it."""
         return [
             int(grad is None and entry.member and entry.region.numel > 0)
-            for entry, grad, copied in zip(self.engine.entries, grads, self.copied)
+            for entry, grad, copied in zip(self.entries, grads, self.copied)
             if copied
+        ]
+
+    def _lacks(self) -> list[int]:
+        """Of each watched matrix, whether this rank works on it without a basis."""
+        return [
+            int(
+                self.comm.rank in m.route.team
+                and self.bases.lacks(m.index, self.entries[m.index].state)
+            )
+            for m in self.watched
         ]
 
     def _compare(
         self, present: Sequence[int], flags: Sequence[int], *, weights: bool
     ) -> None:
         """See that replicas have the same gradients and, once, the same weights."""
-        engine = self.engine
         missing = iter(flags[len(present) :])
         torn = [
             copied and bool(next(missing)) and bool(has)
             for has, copied in zip(flags, self.copied)
         ]
         if any(torn):
-            check_presence(engine, present, torn)
-        if weights and self.compared < len(engine.entries):
-            check_replicas(engine, self.compared)
-            self.compared = len(engine.entries)
+            check_presence(self.comm, self.entries, present, torn)
+        if weights and self.compared < len(self.entries):
+            check_replicas(self.comm, self.entries[self.compared :])
+            self.compared = len(self.entries)
 
     def _raise_differences(self, now: Reading) -> None:
         """Tell every rank the same; a collective unless this rank is alone in it."""
-        mine = now.complaint, self.engine.group_options.membership(now.options)
+        mine = now.complaint, self.group_options.membership(now.options)
         alone = now.complaint and not self._checked and self.started
-        told = [mine] if alone else self.engine.comm.all_gather_object(mine)
+        told = [mine] if alone else self.comm.all_gather_object(mine)
         raise ValueError(f"{differences(told)}; nothing has changed")
 
     def _problem(self, grads: Sequence[Tensor | None], policies: Sequence[str]) -> int:
@@ -184,7 +227,7 @@ class Agreement:
 
     def _misfit(self, i: int, grad: Tensor) -> int:
         """What keeps a gradient from being taken as it is; 0 if nothing does."""
-        entry = self.engine.entries[i]
+        entry = self.entries[i]
         if grad.layout is not torch.strided:
             return _SPARSE
         if grad.numel() != entry.region.numel:
@@ -217,11 +260,11 @@ class Agreement:
     def _refuse(self, problem: int) -> None:
         fatal, problem = divmod(problem, _FATAL)
         index, kind = divmod(problem, _KINDS)
-        entry = self.engine.entries[index]
+        entry = self.entries[index]
         name = entry.spec.name
         if kind == _SPARSE:
             raise RuntimeError(
-                f"{name}: {self.engine.method.name} does not support sparse gradients; "
+                f"{name}: {self.name} does not support sparse gradients; "
                 "use a dense gradient (sparse=False)"
             )
         if kind == _UNREDUCED:

@@ -1,78 +1,61 @@
-"""When a matrix gets a new basis, and what is said of it."""
+"""Which matrices have a basis, and what is said when a decomposition fails.
+
+A matrix whose rotation is the identity has no basis yet: nothing else is stored, so a
+checkpoint from before the first basis goes on as the run that wrote it would.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sharded_adadiag.algorithm.basis import Basis
 from sharded_adadiag.algorithm.update import lacks_basis
-from sharded_adadiag.options import Options
-from sharded_adadiag.plan.matrices import MatrixPlan
-
-if TYPE_CHECKING:
-    from sharded_adadiag.step.engine import Engine
 
 
-class Bases:
-    """The bases of an engine's matrices.
+class KnownBases:
+    """Remembers which matrices have a basis, so that an ordinary step reads none."""
 
-    A matrix whose rotation is the identity has none yet: nothing else is stored, so a
-    checkpoint of before the first basis goes on as the run it is of.
-
-    Args:
-        engine: Whose matrices they are.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._there: set[int] = set()  # matrices known to have one
+    def __init__(self) -> None:
+        self._there: set[int] = set()
         self._warned: set[tuple[str, str]] = set()
 
-    def look_again(self) -> None:
-        """The states are others: which matrices have a basis is to be seen."""
+    def forget(self) -> None:
+        """The states have been replaced: which matrices have a basis is unknown."""
         self._there.clear()
 
-    def due(self, matrix: MatrixPlan, options: dict[int, Options]) -> bool:
-        """Whether this step computes a new basis.
-
-        It does on steps 1, T + 1, 2T + 1, ..., and on every step until a gradient that
-        is not zero has made the first one.
+    def lacks(self, index: int, state: Callable[[], Mapping[str, Any]]) -> bool:
+        """Whether a matrix has no basis yet.
 
         Args:
-            matrix: Of which this rank holds the rotations.
-            options: Of each group, by its identity.
+            index: Position of its parameter.
+            state: Gives its state, which is read once after a load.
 
         Returns:
-            The same on every rank that may be asked.
+            True until a gradient that is not zero has made the first basis.
         """
-        if not matrix.rotated:
-            return False
-        since_first = self.engine.time_of(matrix) - 1
-        period = self.engine.options_of(matrix, options).refresh_every
-        if since_first == 0 or (period is not None and since_first % period == 0):
-            return True
-        # An ordinary step reads no rotation back: this is once after a load.
-        if matrix.index not in self._there:
-            if lacks_basis(self.engine.state_of(matrix)):
+        if index not in self._there:
+            held = {k: v for k, v in state().items() if k != "step"}
+            if lacks_basis(held):
                 return True
-            self._there.add(matrix.index)
+            self._there.add(index)
         return False
 
-    def note(self, matrix: MatrixPlan, basis: Basis) -> None:
-        """Take note of what came of a basis that was due.
+    def note(self, index: int, name: str, basis: Basis) -> None:
+        """Note the outcome of a decomposition; a fallback is warned of once.
 
         Args:
-            matrix: The matrix.
-            basis: Its basis; a fallback is warned of, once for each matrix.
+            index: Position of the matrix's parameter.
+            name: Its name.
+            basis: What came of it.
         """
         if basis.made:
-            self._there.add(matrix.index)
-        name, fallback = matrix.view.name, basis.fallback
-        if not fallback or (name, fallback) in self._warned:
+            self._there.add(index)
+        if not basis.fallback or (name, basis.fallback) in self._warned:
             return
-        self._warned.add((name, fallback))
-        took = "eigh was used" if fallback == "eigh" else "the old basis was kept"
+        self._warned.add((name, basis.fallback))
+        took = "eigh was used" if basis.fallback == "eigh" else "the old basis was kept"
         warnings.warn(
             f"{name}: the decomposition of its gradient did not converge; {took}",
             RuntimeWarning,

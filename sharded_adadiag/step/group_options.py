@@ -6,13 +6,11 @@ import dataclasses
 import operator
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sharded_adadiag.options import PLANNED, STEERING, Options
-
-if TYPE_CHECKING:
-    from sharded_adadiag.params.entry import Entry
-    from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.plan.matrices import MatrixPlan
 
 _planned = operator.attrgetter(*PLANNED)
 _steering = operator.attrgetter(*STEERING)
@@ -37,21 +35,27 @@ class Reading(NamedTuple):
 
 
 class GroupOptions:
-    """Reads the options of an engine's groups, at every step.
+    """Reads the options of the param groups, at every step.
 
     Args:
-        engine: Whose entries say which groups there are.
+        entries: The parameters, which say what groups there are; the list grows as
+            more are planned.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.forget()
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.follow(())
 
-    def forget(self) -> None:
-        """What was found is out of date: entries came, left or changed groups."""
+    def follow(self, matrices: Sequence[MatrixPlan]) -> None:
+        """Look anew: parameters came, left or changed groups.
+
+        Args:
+            matrices: The plan of those that are seen as matrices.
+        """
+        self.matrices = matrices
         self._known: list[tuple[Any, ...]] | None = None
         self._fingerprint = 0
-        self._groups = {id(e.group): e.group for e in self.engine.entries if e.member}
+        self._groups = {id(e.group): e.group for e in self.entries if e.member}
 
     def read(self) -> Reading:
         """The options as they are now; no collective."""
@@ -84,20 +88,20 @@ class GroupOptions:
             (e.spec.name, number[id(e.group)], _steering(options[id(e.group)]))
             if e.member and id(e.group) in options
             else (e.spec.name, None, None)
-            for e in self.engine.entries
+            for e in self.entries
         ]
 
     def _first_of(self, key: int) -> str:
         return next(
             f"the param group of {e.spec.name}"
-            for e in self.engine.entries
+            for e in self.entries
             if e.member and id(e.group) == key
         )
 
     def _complaint(self, options: dict[int, Options]) -> str:
         """The first option that is not as planned."""
-        matrices = {m.index: m for m in self.engine.matrices}
-        for i, entry in enumerate(self.engine.entries):
+        matrices = {m.index: m for m in self.matrices}
+        for i, entry in enumerate(self.entries):
             if not entry.member:
                 continue
             now = options[id(entry.group)]

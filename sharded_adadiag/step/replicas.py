@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from sharded_adadiag.comm.collectives import Communicator
+from sharded_adadiag.params.entry import Entry
 from sharded_adadiag.plan.geometry import Layout
-
-if TYPE_CHECKING:
-    from sharded_adadiag.step.engine import Engine
 
 # Replicas that drifted by rounding are of no concern, other weights are.
 TOLERANCE = 1e-3
@@ -29,7 +27,10 @@ def has_replicas(layout: Layout) -> bool:
 
 
 def check_presence(
-    engine: Engine, present: Sequence[int], torn: Sequence[bool]
+    comm: Communicator,
+    entries: Sequence[Entry],
+    present: Sequence[int],
+    torn: Sequence[bool],
 ) -> None:
     """Refuse gradients that only some of the replicas have; a collective.
 
@@ -37,15 +38,16 @@ def check_presence(
     would keep its weights while the others move on.
 
     Args:
-        engine: About to make a step.
+        comm: The ranks.
+        entries: The parameters.
         present: Whether this rank has a gradient of each parameter.
         torn: Which parameters have one on some ranks and lack one on others.
 
     Raises:
         RuntimeError: On every rank, naming a parameter and two ranks.
     """
-    everyone = engine.comm.all_gather_object(list(present))
-    for i, entry in enumerate(engine.entries):
+    everyone = comm.all_gather_object(list(present))
+    for i, entry in enumerate(entries):
         for _, ranks in entry.layout.pieces if torn[i] else ():
             has = [rank for rank in ranks if everyone[rank][i]]
             lacks = [rank for rank in ranks if not everyone[rank][i]]
@@ -59,7 +61,7 @@ def check_presence(
                 )
 
 
-def check_replicas(engine: Engine, first: int = 0) -> None:
+def check_replicas(comm: Communicator, entries: Sequence[Entry]) -> None:
     """Compare the parameters of ranks that hold the same region; a collective.
 
     Equal regions are updated alike, so different values there mean that the ranks do
@@ -67,15 +69,15 @@ def check_replicas(engine: Engine, first: int = 0) -> None:
     weights that nobody has synchronised.
 
     Args:
-        engine: About to make a step.
-        first: Position of the first parameter that has not been compared.
+        comm: The ranks.
+        entries: The parameters that have not been compared.
 
     Raises:
         ValueError: On every rank, naming a parameter and two ranks.
     """
-    if engine.comm.size == 1:
+    if comm.size == 1:
         return
-    entries = [entry for entry in engine.entries[first:] if entry.member]
+    entries = [entry for entry in entries if entry.member]
     params = [entry.param.detach() for entry in entries]
     if any(param.is_meta for param in params):
         return
@@ -84,7 +86,7 @@ def check_replicas(engine: Engine, first: int = 0) -> None:
         for p in params
     ]
     mine = torch.stack(sums).tolist()  # one transfer to the host
-    everyone = engine.comm.all_gather_object(mine)
+    everyone = comm.all_gather_object(mine)
     for i, entry in enumerate(entries):
         for _, (one, *others) in entry.layout.pieces:
             total, norm = everyone[one][i]

@@ -80,7 +80,9 @@ class FlatStates:
 
     def save(self, engine: Engine) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of each flat tensor; a collective."""
-        pieces = SavedState(engine).save_pieces()
+        pieces = SavedState(
+            engine.entries, engine.plan.matrices, engine.comm
+        ).save_pieces()
         return {
             flat: self._saved(flat, parts, engine, pieces)
             for flat, parts in self._parts.items()
@@ -100,7 +102,9 @@ class FlatStates:
                 fits = {key: part.of(state[key]) for key in FLAT_KEYS if key in state}
                 wanted = engine.entries[i].state()
                 values[i] = {k: v for k, v in fits.items() if k in wanted} | own
-        SavedState(engine).load_pieces(values)
+        SavedState(engine.entries, engine.plan.matrices, engine.comm).load_pieces(
+            values
+        )
         engine.mark_loaded()
 
     def absorb(self, engine: Engine) -> None:
@@ -115,7 +119,7 @@ class FlatStates:
         states = self.optimizer.state
         left = [flat for flat in self._parts if FLAT_KEYS[0] in states[flat]]
         values: dict[int, dict[str, Tensor]] = {}
-        rotated = {m.index for m in engine.matrices if m.rotated}
+        rotated = {m.index for m in engine.plan.matrices if m.rotated}
         for flat in left:
             state = states[flat]
             for part, i in self._parts[flat]:
@@ -130,7 +134,9 @@ class FlatStates:
             for key in [key for key in state if key != STATE_KEY]:
                 del state[key]
         if left:
-            SavedState(engine).load_pieces(values, bases="due")
+            SavedState(engine.entries, engine.plan.matrices, engine.comm).load_pieces(
+                values, bases="due"
+            )
             engine.mark_loaded()
             warnings.warn(
                 f"the universal checkpoint has no bases: those of "

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sharded_adadiag.algorithm.matrixize import matrix_shape
+from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
-from sharded_adadiag.optimizer import RotatedOptimizer
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.checkpoint.saved_state import SavedState
+from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.step.engine import Engine
 
 
@@ -43,15 +44,15 @@ def portable_state_dict(engine: Any) -> dict[str, Any]:
         TypeError: If its optimizer is not one of this package.
         ValueError: At stage 0, where torch's own functions do.
     """
-    with _flats_at_hand(engine) as (optimizer, plan):
-        logical = LogicalState(plan.comm, plan.device)
-        tensors = [_weight(entry) for entry in plan.entries]
-        weights = logical.save(tensors, [entry.param for entry in plan.entries])
+    with _flats_at_hand(engine) as (optimizer, ours):
+        logical = LogicalState(ours.comm, device_of(ours.entries))
+        tensors = [_weight(entry) for entry in ours.entries]
+        weights = logical.save(tensors, [entry.param for entry in ours.entries])
         model = dict(zip((t.name for t in tensors), weights))
         model |= _untrained(engine.module, model)
-        states = plan.save_state()
-        groups = _groups(optimizer, plan)
-    names = [entry.spec.name for entry in plan.entries]
+        states = SavedState(ours.entries, ours.plan.matrices, ours.comm).save()
+        groups = _groups(optimizer, ours)
+    names = [entry.spec.name for entry in ours.entries]
     return {
         "model": model,
         "optimizer": {
@@ -77,21 +78,24 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
         TypeError: If the engine's optimizer is not one of this package.
         ValueError: For a missing weight or a wrong shape, naming the parameter.
     """
-    with _flats_at_hand(engine) as (optimizer, plan):
+    with _flats_at_hand(engine) as (optimizer, ours):
         weights, states = state_dict["model"], state_dict["optimizer"]["state"]
         skipped = read_stamps(state_dict["optimizer"]["param_groups"])
-        names = [entry.spec.name for entry in plan.entries]
+        names = [entry.spec.name for entry in ours.entries]
         rest = _untrained_tensors(engine.module, names)
         missing = [name for name in [*names, *rest] if name not in weights]
         if missing:
             raise ValueError(f"{missing[0]}: the checkpoint has no such weight")
-        logical = LogicalState(plan.comm, plan.device)
-        tensors = [_weight(entry) for entry in plan.entries]
+        logical = LogicalState(ours.comm, device_of(ours.entries))
+        tensors = [_weight(entry) for entry in ours.entries]
         pieces = logical.load(tensors, [weights[name] for name in names])
         optimizer.state.clear()  # what the checkpoint lacks starts anew
-        plan.allocate()
-        plan.load_state({i: states[n] for i, n in enumerate(names) if n in states})
-        for entry, piece in zip(plan.entries, pieces):
+        ours.allocate()
+        SavedState(ours.entries, ours.plan.matrices, ours.comm).load({
+            i: states[n] for i, n in enumerate(names) if n in states
+        })
+        ours.mark_loaded()
+        for entry, piece in zip(ours.entries, pieces):
             entry.param.copy_(piece.view(entry.param.shape))
         optimizer._binding.skipped_steps = skipped
         for name in sorted(set(states) - set(names)):
@@ -100,7 +104,7 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
                 UserWarning,
                 stacklevel=2,
             )
-        _publish_weights(engine, plan)
+        _publish_weights(engine, ours)
         _load_untrained(rest, weights)
 
 
@@ -115,11 +119,11 @@ def _weight(entry: Entry) -> StateTensor:
 
 
 @contextlib.contextmanager
-def _flats_at_hand(engine: Any) -> Generator[tuple[RotatedOptimizer, Engine]]:
-    """The optimizer and its plan; stage 3 takes its flat tensors away between steps."""
+def _flats_at_hand(engine: Any) -> Generator[tuple[Any, Engine]]:
+    """The optimizer and its engine; stage 3 hides its flat tensors between steps."""
     zero = engine.optimizer
     optimizer = getattr(zero, "optimizer", zero)
-    if not isinstance(optimizer, RotatedOptimizer):
+    if not isinstance(getattr(optimizer, "method", None), Rule):
         raise TypeError(
             f"the engine's optimizer is {type(optimizer).__name__}; only those of "
             "sharded_adadiag have a portable checkpoint"
@@ -139,14 +143,14 @@ def _flats_at_hand(engine: Any) -> Generator[tuple[RotatedOptimizer, Engine]]:
             zero._clear_fp32_optimizer_param_groups()
 
 
-def _groups(optimizer: RotatedOptimizer, plan: Engine) -> list[dict[str, Any]]:
+def _groups(optimizer: Any, ours: Engine) -> list[dict[str, Any]]:
     """The param groups as `param_groups` sorts them: matrices, and the rest."""
     sorted_groups = []
     for group in optimizer.param_groups:
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         stamp(options, optimizer._binding)
         members: dict[bool, list[str]] = {True: [], False: []}
-        for entry in plan.entries:
+        for entry in ours.entries:
             if entry.group is group:
                 shape = entry.spec.shape
                 matrix = len(shape) > 1 and min(matrix_shape(shape)) > 1
@@ -190,13 +194,13 @@ def _load_untrained(rest: dict[str, Tensor], weights: Mapping[str, Any]) -> None
             tensor.data.copy_(value)
 
 
-def _publish_weights(engine: Any, plan: Engine) -> None:
+def _publish_weights(engine: Any, ours: Engine) -> None:
     """Give the model the new master weights."""
     zero = engine.optimizer
     if hasattr(zero, "update_lp_params"):
         zero.update_lp_params()
         return
     zero.checkpoint_event_prologue()
-    for stored, entry in engine.optimizer.optimizer._binding.flats.stored(plan):
+    for stored, entry in engine.optimizer.optimizer._binding.flats.stored(ours):
         stored.copy_(entry.param)
     zero.checkpoint_event_epilogue()

@@ -77,7 +77,8 @@ def test_a_parameter_whose_shards_are_of_another_number_of_ranks_is_a_mistake():
 
 
 def test_the_head_of_a_step_is_free_alone_and_where_nothing_is_checked():
-    assert plan_of("abcde").agreement_bytes == 4 * (5 + 4)
+    plan = plan_of("abcde")
+    assert plan.agreement_bytes == 4 * (5 + len(plan.watched) + 5)
     alone = Plan.of(*parts("ab", ranks=1), rule=ADADIAG, world_size=1)
     assert alone.agreement_bytes == 0
     specs, layouts = parts("ab")
@@ -85,8 +86,12 @@ def test_the_head_of_a_step_is_free_alone_and_where_nothing_is_checked():
         dataclasses.replace(s, options=dataclasses.replace(s.options, nonfinite=how))
         for s, how in zip(specs, ("ignore", "ignore"))
     ]
-    quiet = Plan.of(ignoring, layouts, rule=ADADIAG, world_size=RANKS)
-    assert quiet.agreement_bytes == 0
+    ranks = {"rule": ADADIAG, "world_size": RANKS}
+    quiet = Plan.of(ignoring, layouts, **ranks, distribution="owner")
+    assert quiet.agreement_bytes == 0 and not quiet.watched
+    # A team's refresh concerns ranks that must know of it.
+    teams = Plan.of(ignoring, layouts, **ranks, distribution="auto")
+    assert teams.agreement_bytes == 4 * (2 + 5 + len(teams.watched)) and teams.watched
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Creates the states of parameters: zeros, and the identity for a rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from sharded_adadiag.algorithm.state import Rule, plain_moments
+from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.local import local
+from sharded_adadiag.plan.matrices import MatrixPlan
+
+
+def allocate(
+    entries: Iterable[Entry], matrices: Iterable[MatrixPlan], rule: Rule, rank: int
+) -> None:
+    """Create every state tensor that is missing, with the same keys on all ranks.
+
+    Args:
+        entries: The parameters.
+        matrices: The plan of those that are seen as matrices.
+        rule: The optimizer.
+        rank: This rank.
+
+    Raises:
+        ValueError: If an unpickled state tensor has another shape than planned.
+    """
+    planned = {matrix.index: matrix for matrix in matrices}
+    for i, entry in enumerate(entries):
+        if not entry.member:
+            continue
+        state = entry.state()
+        state.setdefault("step", torch.tensor(0.0))
+        matrix = planned.get(i)
+        if matrix is None:
+            _allocate_plain(entry, state, rule)
+            continue
+        for key, (shape, dtype) in matrix.state_shapes(rank).items():
+            if key not in state:
+                device = entry.param.device
+                state[key] = torch.zeros(shape, dtype=dtype, device=device)
+                if key.startswith("rotation") and 0 not in shape:
+                    state[key].fill_diagonal_(1.0)  # until the first basis
+            elif tuple(state[key].shape) != shape:
+                raise ValueError(
+                    f"{entry.spec.name}: loaded state {key!r} has shape "
+                    f"{tuple(state[key].shape)}, expected {shape}; a pickled "
+                    "optimizer continues on one process only"
+                )
+
+
+def _allocate_plain(entry: Entry, state: dict[str, Any], rule: Rule) -> None:
+    options = entry.spec.options
+    dtype = options.state_dtype or entry.spec.dtype
+    for key in plain_moments(rule, options):
+        if key not in state:
+            state[key] = entry.piece.zeros_like(dtype)
+        elif local(state[key]).shape != entry.param.shape:
+            raise ValueError(
+                f"{entry.spec.name}: loaded state {key!r} has shape "
+                f"{tuple(local(state[key]).shape)}, expected "
+                f"{tuple(entry.param.shape)}"
+            )

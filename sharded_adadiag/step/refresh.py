@@ -1,0 +1,142 @@
+"""New bases: from what they are computed, by whom, and who gets them.
+
+The head of a matrix's team computes its basis. If it works on the whole matrix alone,
+it has the gradient at hand; else the gradient travels to it, or the Gram matrices of
+the ranks' blocks do and are added up there. The other ranks of the team get the
+rotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.algorithm.basis import (
+    Basis,
+    basis_of_gram,
+    compute_basis,
+    gram_matrix,
+)
+from sharded_adadiag.algorithm.update import basis_of, install
+from sharded_adadiag.comm.exchange import window
+from sharded_adadiag.comm.jobs import Failures, Job, Transfer
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.refresh import refresh_plans
+from sharded_adadiag.step.context import Step
+
+
+def refresh_here(
+    step: Step, due: Sequence[tuple[MatrixPlan, Tensor]], failures: Failures
+) -> None:
+    """New bases of matrices whose whole gradient is at hand.
+
+    Args:
+        step: The step.
+        due: Matrices that this rank alone works on, and their gradients.
+        failures: Notes what fails.
+    """
+    for m, grad in due:
+        with failures.carried(m.index):
+            options, state = step.options_of(m), step.state(m)
+            basis = basis_of(grad, state, options)
+            step.bases.note(m.index, m.view.name, basis)
+            install(state, basis, options)
+
+
+def refresh_together(
+    step: Step, matrices: Sequence[MatrixPlan], failures: Failures
+) -> Job:
+    """New bases of matrices that several ranks work on, or one in several rounds.
+
+    Args:
+        step: The step.
+        matrices: Equal on every rank.
+        failures: Notes what fails.
+
+    Yields:
+        Gradients to the heads, and rotations to the teams.
+    """
+    gram = tuple(m.by_gram(step.options_of(m).basis) for m in matrices)
+    collect, distribute = refresh_plans(tuple(matrices), gram, step.world_size)
+    sent = [_statistic(step, m, by_gram) for m, by_gram in zip(matrices, gram)]
+    work = [torch.float64 if g else m.work_dtype for m, g in zip(matrices, gram)]
+    wire = [value.dtype for value in sent]
+    collected = yield Transfer(collect, sent, wire, work, "collected")
+    found: list[Basis] = []
+    for m, by_gram, gathered in zip(matrices, gram, collected):
+        basis = Basis(None, None)
+        if m.route.owner == step.rank:
+            with failures.carried(m.index):
+                basis = _new_basis(step, m, gathered, by_gram=by_gram)
+        found.append(basis)
+    sides = [
+        (side, size, m)
+        for m, basis in zip(matrices, found)
+        for side, wanted, size in (
+            (basis.left, m.left, m.view.rows),
+            (basis.right, m.right, m.view.cols),
+        )
+        if wanted
+    ]
+    dtypes = [m.rotation_dtype for _, _, m in sides]
+    rotations = [_sent(step, *side) for side in sides]
+    arrived = yield Transfer(distribute, rotations, dtypes, dtypes, "rotations")
+    arrivals = iter(arrived)
+    for m, basis in zip(matrices, found):
+        precise = torch.promote_types(m.work_dtype, m.rotation_dtype)
+        new = [next(arrivals) if wanted else None for wanted in (m.left, m.right)]
+        if failures.status or step.rank not in m.route.team:
+            continue
+        # Zeros stand for: keep the old one.
+        left, right = (
+            side.to(precise) if side is not None and bool(side.any()) else None
+            for side in new
+        )
+        basis = Basis(left, right, basis.fallback)
+        step.bases.note(m.index, m.view.name, basis)
+        install(step.state(m), basis, step.options_of(m))
+
+
+def _statistic(step: Step, matrix: MatrixPlan, by_gram: bool) -> Tensor:
+    """What this rank sends to the head: its piece, or the Gram matrix of its block."""
+    piece = step.gradient(matrix)
+    if not by_gram:
+        return piece
+    # Its own part of the piece: a replica has another.
+    stages = matrix.route.stages
+    own = next(s for s in stages if s.left or s.right).layout[step.rank]
+    layout = matrix.view.layout
+    block = window(piece, layout[step.rank], own, matrix.view.cols)
+    return gram_matrix(block, left=matrix.left)
+
+
+def _new_basis(
+    step: Step, matrix: MatrixPlan, gathered: Tensor, *, by_gram: bool
+) -> Basis:
+    """On the head: the new basis."""
+    if not by_gram:
+        precise = torch.promote_types(matrix.work_dtype, matrix.rotation_dtype)
+        return compute_basis(
+            gathered.to(precise),
+            left=matrix.left,
+            right=matrix.right,
+            method=step.options_of(matrix).basis,
+        )
+    if not bool(gathered.any()):  # zeros tell nothing of a basis
+        return Basis(None, None)
+    vectors = basis_of_gram(gathered, matrix.work_dtype)
+    return Basis(
+        vectors if matrix.left else None,
+        vectors if matrix.right else None,
+        "" if vectors is not None else "kept",
+    )
+
+
+def _sent(step: Step, side: Tensor | None, size: int, matrix: MatrixPlan) -> Tensor:
+    """A rotation as it is sent: zeros where the old one is kept."""
+    if side is None:
+        size = size if matrix.route.owner == step.rank else 0
+        side = torch.zeros((size, size), device=step.device)
+    return side.to(matrix.rotation_dtype)
