@@ -30,7 +30,7 @@ from sharded_adadiag.plan.route import (
     owner_route,
     team_route,
 )
-from sharded_adadiag.plan.teams import Divisible, Team, choose_teams
+from sharded_adadiag.plan.teams import Demand, Team, choose_teams
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class MatrixPlan:
         rotation_dtype: Of the stored rotations.
         work_dtype: Of the computation and of the update.
         moments: Names and dimensions of its moments.
-        cuttable: Its lines are independent of each other, so that a step may work on
+        divisible: Its lines are independent of each other, so that a step may work on
             some of them at a time: one side is rotated, and the rule asks for no sum.
     """
 
@@ -87,7 +87,7 @@ class MatrixPlan:
     rotation_dtype: torch.dtype
     work_dtype: torch.dtype
     moments: dict[str, tuple[str, ...]]
-    cuttable: bool = False
+    divisible: bool = False
 
     def __hash__(self) -> int:
         return self.index
@@ -190,7 +190,7 @@ def plan_matrices(
     rest = [d for d in drafts if d.index not in plans]
     if distribution == "auto":
         chosen = choose_teams(
-            [d.divisible() for d in rest],
+            [d.demand() for d in rest],
             world_size,
             borne,
             ranks_per_node=ranks_per_node,
@@ -232,7 +232,7 @@ class _Draft:
     cost: MatrixCost
     rotation_bytes: int
     moments: dict[str, tuple[str, ...]]
-    cuttable: bool
+    divisible: bool
 
     @classmethod
     def of(cls, index: int, fact: ParamSpec, layout: Layout, method: Rule) -> _Draft:
@@ -255,9 +255,9 @@ class _Draft:
             options.refresh_every,
             moment_bytes + rotation_bytes,
         )
-        cuttable = not method.factored and options.noise_floor == 0 and left != right
+        divisible = not method.factored and options.noise_floor == 0 and left != right
         return cls(
-            index, fact, matrix, left, right, cost, rotation_bytes, moments, cuttable
+            index, fact, matrix, left, right, cost, rotation_bytes, moments, divisible
         )
 
     @property
@@ -284,14 +284,14 @@ class _Draft:
             options.refresh_every,
         )
 
-    def divisible(self) -> Divisible:
+    def demand(self) -> Demand:
         rows, cols = self.view.rows, self.view.cols
         lines = min(rows, cols) if self.left and self.right else rows
         if self.left and not self.right:
             lines = cols
         if self.two_sided_reproject:
             lines = 1
-        return Divisible(self.cost, lines, self.rotation_bytes)
+        return Demand(self.cost, lines, self.rotation_bytes)
 
     def team_route(self, team: Team) -> Route:
         sides = {"left": self.left, "right": self.right}
@@ -312,5 +312,5 @@ class _Draft:
             rotation_dtype(options, dtype),
             self.fact.work_dtype,
             self.moments,
-            self.cuttable,
+            self.divisible,
         )
