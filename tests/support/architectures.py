@@ -328,8 +328,16 @@ def conv(width=8, height=8, size=3, groups=1):
 
 
 # The names and modules of other libraries' models.
+HEADS = """decoder_class_head__0 enc_score_head rpn__cls_logits cls_score aux_head
+    kps_score_lowres bpe_head vision_head word_timestamp_head head_linear
+    mim_head__decoder decoder__output_projection seq_relationship AuxLogits__fc
+    aux1__fc2 heads__0 head__linear last"""
 SKELETONS = {
     "dlrm": skeleton(bag=functools.partial(nn.EmbeddingBag, 20, 8), top=linear()),
+    "heads": skeleton(
+        hidden=linear(),
+        **{name: linear() for name in HEADS.split()},
+    ),
     "open_clip": skeleton(
         visual__conv1=conv(3),
         visual__positional_embedding=(10, 8),
