@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
@@ -22,16 +23,24 @@ def sums_of(plan: Plan) -> list[list[int]]:
     Returns:
         For each round one number for each all-reduce, equal on all ranks.
     """
-    return [_of_round(some, plan) for some in plan.rounds]
+    known: dict[object, list[list[Asked]]] = {}
+    waits: dict[int, list[list[Asked]]] = {}
+    for m in plan.members:
+        options = plan.specs[m.index].options
+        # Adam's rule waits for nothing.
+        waiting = plan.rule.factored or options.noise_floor > 0.0
+        if waiting and m.route.kind != "owner":
+            block = m.route.moments.layout[m.route.owner].shape
+            key = block, m.view.rows, m.view.cols, m.work_dtype, id(options)
+            if key not in known:
+                known[key] = _across_ranks(m, plan)
+            waits[m.index] = known[key]
+    return [_of_round(some, waits) for some in plan.rounds]
 
 
-def _of_round(some: Round, plan: Plan) -> list[int]:
+def _of_round(some: Round, waiting: Mapping[int, list[list[Asked]]]) -> list[int]:
     """The rules of all matrices wait together, for one all-reduce of each dtype."""
-    waits = [
-        _across_ranks(part.matrix, plan)
-        for part in some.parts
-        if part.matrix.route.kind != "owner"
-    ]
+    waits = [waiting.get(part.matrix.index, []) for part in some.parts]
     found: list[int] = []
     for together in itertools.zip_longest(*waits, fillvalue=()):
         sizes: Counter[torch.dtype] = Counter()
@@ -43,15 +52,12 @@ def _of_round(some: Round, plan: Plan) -> list[int]:
 
 def _across_ranks(matrix: MatrixPlan, plan: Plan) -> list[list[Asked]]:
     """The sums of one matrix to which several ranks contribute, at each wait."""
-    options = plan.specs[matrix.index].options
-    if not plan.rule.factored and options.noise_floor == 0.0:
-        return []  # Adam's rule waits for nothing
     rank, moments = matrix.route.owner, matrix.route.moments
     waits = rehearse(
         plan.rule,
         (moments.layout[rank].shape, matrix.work_dtype),
         matrix.state_shapes(rank),
-        options,
+        plan.specs[matrix.index].options,
         (matrix.view.rows, matrix.view.cols),
     )
     return [[a for a in asked if a.over in {"all", moments.split}] for asked in waits]

@@ -12,7 +12,7 @@ from sharded_adadiag.plan.report import refreshes_of, state_bytes, step_work
 from sharded_adadiag.plan.rounds import Round
 
 # Traffic is listed message by message for this many ranks; of more, for a sample.
-RANKS_LISTED = 64
+RANKS_LISTED = 32
 SPREAD = 16
 BUSIEST = 8
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from sharded_adadiag.algorithm.state import needs_matrix
+from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.planner.figures import Figures
 from sharded_adadiag.planner.request import Answer, Request
 
@@ -13,6 +15,8 @@ from sharded_adadiag.planner.request import Answer, Request
 EFFICIENCY = 0.85
 # The most loaded rank over the mean.
 WORK, STATE = 1.15, 1.15
+# All ranks' state over that of one process.
+COPIES = 2.0
 # Many messages of fewer bytes than this cost more than their bytes.
 MESSAGES, MESSAGE_BYTES = 1024, 16384
 # So many that what each of them waits for adds up.
@@ -199,6 +203,12 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
             + ("--distribution auto, or " if own else "")
             + "--state-dtype bfloat16 if it does not fit"
         )
+    copies = figures.state_bytes_mean * plan.world_size / max(_state_once(plan), 1)
+    if own and copies > COPIES:
+        yield (
+            f"all ranks together keep {copies:.1f} x the state of one process, in "
+            "copies of rotations: --distribution auto"
+        )
     if figures.buffer_bytes_max > request.buffer_bytes:
         yield (
             f"exchanges take {size(figures.buffer_bytes_max)}, over --buffer-bytes "
@@ -231,6 +241,14 @@ def _over_max_dim(request: Request) -> int:
         and not needs_matrix(request.rule, weight.shape, options)
         for weight in every
     )
+
+
+def _state_once(plan: Plan) -> int:
+    """Bytes of all state if there were one copy of each."""
+    plain = sum(
+        plan.plain_bytes(i) * math.prod(plan.specs[i].shape) for i in plan.plain
+    )
+    return plain + sum(matrix.cost.state_bytes for matrix in plan.members)
 
 
 def _two_sided(request: Request) -> bool:

@@ -192,6 +192,8 @@ def test_bad_figures_are_warned_of_with_the_option_that_mends_them(capsys):
     told = planned(capsys, *owners, ranks=100)["warnings"]
     for remedy in ("--distribution auto", "--buffer-bytes", "--state-dtype"):
         assert any(remedy in line for line in told), remedy
+    told = planned(capsys, "--distribution", "broadcast", ranks=32)["warnings"]
+    assert any("copies of rotations: --distribution auto" in line for line in told)
 
 
 def test_no_gpu_is_touched(capsys):
