@@ -21,9 +21,8 @@ from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import LOPSIDED
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
-from sharded_adadiag.plan.refresh import refresh_groups
 from sharded_adadiag.plan.report import Report, report_of
-from sharded_adadiag.plan.rounds import Part
+from sharded_adadiag.plan.rounds import Part, refresh_rounds
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
@@ -95,7 +94,13 @@ class Engine:
         self.plan = plan
         self.shared = plan.shared
         self.agreement.watched = plan.watched
-        self.group_options.follow(plan.matrices)
+        cut = {
+            part.matrix.index
+            for round_ in plan.rounds
+            for part in round_.parts
+            if not part.whole
+        }
+        self.group_options.follow(plan.matrices, cut)
         self._device_type = ""  # makes the batches anew
 
     def allocate(self) -> None:
@@ -172,7 +177,7 @@ class Engine:
     def _refreshes(self, step: Step) -> Iterator[Job]:
         """New bases of what no rank works on whole, before anything is updated."""
         due = [m for m in self.shared if step.refresh_due(m)]
-        for group in refresh_groups(due, self.plan.buffer_bytes):
+        for group in refresh_rounds(due, self.plan.buffer_bytes):
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from sharded_adadiag.options import PLANNED, STEERING, Options
@@ -46,13 +46,15 @@ class GroupOptions:
         self.entries = entries
         self.follow(())
 
-    def follow(self, matrices: Sequence[MatrixPlan]) -> None:
+    def follow(self, matrices: Sequence[MatrixPlan], cut: Collection[int] = ()) -> None:
         """Look anew: parameters came, left or changed groups.
 
         Args:
             matrices: The plan of those that are seen as matrices.
+            cut: Positions of those that are worked on in several rounds.
         """
         self.matrices = matrices
+        self.cut = cut
         self._known: list[tuple[Any, ...]] | None = None
         self._fingerprint = 0
         self._groups = {id(e.group): e.group for e in self.entries if e.member}
@@ -107,15 +109,25 @@ class GroupOptions:
             now = options[id(entry.group)]
             if text := _change(entry, now):
                 return text
-            matrix = matrices.get(i)
-            if matrix is not None and matrix.route.kind != "owner":
-                if now.on_refresh == "reproject" and matrix.left and matrix.right:
-                    return (
-                        f"{entry.spec.name}: on_refresh became 'reproject', for which "
-                        "a matrix rotated on two sides must be whole, but it is "
-                        "planned in blocks; set it from the beginning, or pass "
-                        'distribution="owner"'
-                    )
+            if i in matrices and (text := self._needs_more(matrices[i], now)):
+                return f"{entry.spec.name}: {text}"
+        return ""
+
+    def _needs_more(self, matrix: MatrixPlan, now: Options) -> str:
+        """What of a matrix must be whole for its options, and is planned in blocks."""
+        both = matrix.left and matrix.right
+        if now.on_refresh == "reproject" and both and matrix.route.kind != "owner":
+            return (
+                "on_refresh became 'reproject', for which a matrix rotated on two "
+                "sides must be whole, but it is planned in blocks; set it from the "
+                'beginning, or pass distribution="owner"'
+            )
+        if now.noise_floor > 0 and matrix.index in self.cut:
+            return (
+                f"noise_floor became {now.noise_floor!r}, for which all of the matrix "
+                "must be there at once, but it is planned in blocks one after the "
+                "other; set it from the beginning, or pass a larger buffer_bytes"
+            )
         return ""
 
 
