@@ -104,10 +104,15 @@ class Layout:
     def __iter__(self) -> Iterator[Region]:
         return (self[rank] for rank in range(self.world_size))
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Entries that all ranks hold together, replicas counted each time."""
         return sum(region.numel * len(ranks) for region, ranks in self.pieces)
+
+    @cached_property
+    def copies(self) -> int:
+        """The most ranks that hold one piece."""
+        return max((len(ranks) for _, ranks in self.pieces), default=1)
 
     def is_everywhere(self) -> bool:
         """Whether every rank holds the same region."""

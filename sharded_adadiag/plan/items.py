@@ -79,7 +79,7 @@ class Item:
         if not by_rows:
             lines, length = length, lines
         # Every holder of a piece is sent its update.
-        copies = max((len(ranks) for _, ranks in view.layout.pieces), default=1)
+        copies = view.layout.copies
         moves = len(matrix.route.stages) > 1
         return cls(
             position,
