@@ -44,7 +44,7 @@ class Binding:
         optimizer: Whose parameters and states they are.
         method: Its method.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What the exchanges of a step may take on a rank.
+        buffer_bytes: What the exchanges of a step may take on a rank, or None.
         process_group: What the user passed, or None.
         exclusion: Which parameters are not rotated because of their names.
 
@@ -59,7 +59,7 @@ class Binding:
         optimizer: Optimizer,
         method: Rule,
         distribution: str,
-        buffer_bytes: int,
+        buffer_bytes: int | None,
         process_group: Any,
         exclusion: Exclusion,
     ) -> None:

@@ -125,9 +125,9 @@ def round_bytes(buffer_bytes: int) -> int:
         buffer_bytes: What a rank may use for exchanges.
 
     Returns:
-        A sixth of it.
+        A sixth of it, and at least one.
     """
-    return buffer_bytes // 6
+    return max(buffer_bytes // 6, 1)
 
 
 def step_efficiency(rounds: Sequence[Round]) -> float:
