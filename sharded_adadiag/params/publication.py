@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.local import Holding, Piece
-from sharded_adadiag.plan.matrices import ParamSpec
+from sharded_adadiag.plan.spec import ParamSpec
 
 
 def names(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[str]:
@@ -87,8 +87,11 @@ def publish(find: Callable[[], list[Piece]]) -> tuple[list[Piece], Published]:
             rotate = options.rotate and piece.rotate
             options = dataclasses.replace(options, lr=0.0, rotate=rotate)
             dtypes = piece.dtype, piece.grad_dtype
-            facts = ParamSpec(piece.name, piece.holding.shape, *dtypes, options)
-            described.append((facts, piece.holding))
+            held = piece.holding
+            facts = ParamSpec(piece.name, held.shape, *dtypes, options)
+            if held.cols != facts.stored[1]:
+                facts = dataclasses.replace(facts, width=held.cols)
+            described.append((facts, held))
     except (NotImplementedError, ValueError) as error:
         return [], (str(error), [])
     return pieces, ("", described)

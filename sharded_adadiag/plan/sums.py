@@ -62,5 +62,4 @@ def _rehearsal(rule: Rule, matrix: MatrixPlan, options: Options) -> Any:
 
     block = tensor(matrix.route.moments.layout[rank].shape, matrix.work_dtype)
     states = {key: tensor(*how) for key, how in matrix.state_shapes(rank).items()}
-    shape = matrix.view.rows, matrix.view.cols
-    return moment_rule(rule, [block], [states], options, [1], shape)
+    return moment_rule(rule, [block], [states], options, [1], matrix.shape)

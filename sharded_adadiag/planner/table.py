@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sharded_adadiag.algorithm.state import needs_matrix
+from sharded_adadiag.plan.view import needs_matrix
 from sharded_adadiag.planner.figures import Figures
 from sharded_adadiag.planner.request import Answer, Request
 

@@ -90,6 +90,7 @@ class Engine:
         """Go by a plan from now on: what a step would else look up is listed here."""
         self.plan = plan
         self.shared = plan.shared
+        self.positions = sorted({m.index for m in plan.members})
         self.agreement.watched = plan.watched
         self.group_options.follow(plan.matrices)
         self._device_type = ""  # makes the batches anew
@@ -152,9 +153,9 @@ class Engine:
             self.bases,
             self.agreement.lacking,
         )
-        for m in self.plan.members:
-            if present[m.index]:
-                self.entries[m.index].state()["step"] += 1
+        for i in self.positions:
+            if present[i]:
+                self.entries[i].state()["step"] += 1
         self._run(step, self._refreshes(step))
         self._run(step, self._round_jobs(step))
         self.failures.raise_noted([entry.spec.name for entry in self.entries])
@@ -167,7 +168,7 @@ class Engine:
 
     def _refreshes(self, step: Step) -> Iterator[Job]:
         """New bases of what no rank works on whole, before anything is updated."""
-        due = [m for m in self.shared if step.refresh_due(m)]
+        due = [m for m in self.shared if step.refreshes(m)]
         for group in refresh_groups(due, self.plan.buffer_bytes):
             yield refresh_together(step, group, self.failures)
 
@@ -203,20 +204,16 @@ class Engine:
 
 def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:
     lopsided = [
-        m
-        for m in matrices
-        if m.rotated
-        and max(m.view.rows, m.view.cols) > LOPSIDED * min(m.view.rows, m.view.cols)
+        m for m in matrices if m.rotated and max(m.shape) > LOPSIDED * min(m.shape)
     ]
     if lopsided:
-        first = lopsided[0].view
+        first = lopsided[0]
         logger.warning(
             "%s: rotated as a %d x %d matrix, and %d more, over %d times as long as "
             "wide; if it is a stack of matrices or a table, put it in a group with "
             '"rotate": False',
-            first.name,
-            first.rows,
-            first.cols,
+            first.view.name,
+            *first.shape,
             len(lopsided) - 1,
             LOPSIDED,
         )

@@ -100,15 +100,15 @@ class GroupOptions:
 
     def _complaint(self, options: dict[int, Options]) -> str:
         """The first option that is not as planned."""
-        matrices = {m.index: m for m in self.matrices}
+        in_blocks = {m.index: m for m in self.matrices if m.route.kind != "owner"}
         for i, entry in enumerate(self.entries):
             if not entry.member:
                 continue
             now = options[id(entry.group)]
             if text := _change(entry, now):
                 return text
-            matrix = matrices.get(i)
-            if matrix is not None and matrix.route.kind != "owner":
+            matrix = in_blocks.get(i)
+            if matrix is not None:
                 if now.on_refresh == "reproject" and matrix.left and matrix.right:
                     return (
                         f"{entry.spec.name}: on_refresh became 'reproject', for which "
