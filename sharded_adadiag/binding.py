@@ -17,14 +17,11 @@ from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import Exclusion
 from sharded_adadiag.params.local import Piece, find_group, piece
-from sharded_adadiag.params.publication import is_trained, publish, raise_on_mismatch
-from sharded_adadiag.plan.geometry import by_parameter
+from sharded_adadiag.params.naming import is_trained
+from sharded_adadiag.step.consensus import agree_on_parameters
 from sharded_adadiag.step.engine import Engine
 from sharded_adadiag.zero import partitions as zero
 from sharded_adadiag.zero.flat import FlatStates
-
-# What a rank may use for exchanges, unless told otherwise.
-BUFFER_BYTES = 48 << 20
 
 
 class _Found(NamedTuple):
@@ -47,6 +44,7 @@ class Binding:
         optimizer: Whose parameters and states they are.
         method: Its method.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+        buffer_bytes: What the exchanges of a step may take on a rank.
         process_group: What the user passed, or None.
         exclusion: Which parameters are not rotated because of their names.
 
@@ -61,12 +59,14 @@ class Binding:
         optimizer: Optimizer,
         method: Rule,
         distribution: str,
+        buffer_bytes: int,
         process_group: Any,
         exclusion: Exclusion,
     ) -> None:
         self.optimizer = optimizer
         self.method = method
         self.distribution = distribution
+        self.buffer_bytes = buffer_bytes
         self.process_group = process_group
         self.exclusion = exclusion
         self.originals = zero.OriginalParams()
@@ -297,7 +297,7 @@ class Binding:
             )
         group = groups[0] if groups else find_group(self._params, self.process_group)
         self._engine = Engine(
-            self.method, communicator(group), self.distribution, BUFFER_BYTES
+            self.method, communicator(group), self.distribution, self.buffer_bytes
         )
         return self._engine
 
@@ -317,18 +317,19 @@ class Binding:
                 pieces.extend(some)
             return pieces
 
-        pieces, mine = publish(find)
-        published = engine.comm.all_gather_object(mine)
-        kind = "trainable new" if engine.entries else "trainable"
-        raise_on_mismatch(published, kind)
-        holdings = [[h.region for _, h in described] for _, described in published]
-        facts = [fact for fact, _ in mine[1]]
+        plan = engine.plan
+        agreed = agree_on_parameters(
+            engine.comm,
+            find,
+            {"distribution": plan.distribution, "buffer_bytes": plan.buffer_bytes},
+            kind="trainable new" if engine.entries else "trainable",
+        )
         entries = [
-            Entry(fact, layout, piece, piece.group)
-            for fact, layout, piece in zip(facts, by_parameter(holdings), pieces)
+            Entry(spec, layout, piece, piece.group)
+            for piece, spec, layout in zip(agreed.pieces, agreed.specs, agreed.layouts)
         ]
         first = len(engine.entries)
-        engine.extend(entries)
+        engine.extend(entries, agreed.ranks_per_node)
         for found, count in zip(new, counts):
             last = first + count
             self._planned[found.param] = engine.entries[first:last]

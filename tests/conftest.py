@@ -1,4 +1,8 @@
-"""Settings of all tests, and which of them a quick look leaves out."""
+"""Settings of all tests, and the tier that each of them is in.
+
+Unit tests have no marker; ``slow`` ones run ranks as threads, ``multiprocess`` ones as
+processes, and ``jobs`` are those of them in tests/jobs.
+"""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,22 +16,18 @@ settings.register_profile(
 )
 settings.load_profile("steady")
 
-# Test files whose tests in several processes are whole jobs, or as long as one.
-JOBS = {
-    "test_deepspeed_examples",
-    "test_faults",
-    "test_launch",
-    "test_resume",
-    "test_soak",
-    "test_two_hosts",
-}
-# Test files that take long in one process: many ranks as threads.
+# Test files whose ranks, as threads, take seconds.
 SLOW = {
     "test_backward_passes",
     "test_checkpoint",
     "test_failures",
+    "test_first_basis",
+    "test_hard_gradients",
+    "test_kept_state",
     "test_layouts",
+    "test_loading",
     "test_options_on_ranks",
+    "test_param_groups",
     "test_parity",
     "test_random_cases",
     "test_traffic",
@@ -35,7 +35,7 @@ SLOW = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "jobs: whole jobs, or tests as long as one")
+    config.addinivalue_line("markers", "jobs: whole jobs, as users start them")
     config.addinivalue_line("markers", "slow: many ranks as threads")
 
 
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
-        if item.path.stem in JOBS and item.get_closest_marker("multiprocess"):
+        if item.path.parent.name == "jobs" and item.get_closest_marker("multiprocess"):
             item.add_marker("jobs")
     # The longest first: what is short then fills the last minute of every worker.
     marks = ("jobs", "multiprocess", "slow")

@@ -6,10 +6,13 @@ machine (LAPACK and the CPU's kernels are part of them):
     python tests/digests.py > before.txt
     ... the change ...
     python tests/digests.py | diff before.txt -
+
+``python tests/digests.py N`` makes every N-th line only.
 """
 
 import hashlib
 import itertools
+import sys
 import warnings
 
 import torch
@@ -56,21 +59,30 @@ def run(rank, layout, method, dtype, options):
     return digest(found)
 
 
-def main() -> None:
+def lines():
+    """Layout, ranks, method, dtype and options of every line."""
+    choices = [
+        dict(zip(OPTIONS, values)) for values in itertools.product(*OPTIONS.values())
+    ]
+    methods = ("AdaDiag", "AdafacDiag", "HfacDiag")
+    for (layout, ranks), method, options in itertools.product(
+        LAYOUTS, methods, choices
+    ):
+        dtypes = (torch.float32, torch.bfloat16)
+        for dtype in dtypes if options["basis"] == "svd" else dtypes[:1]:
+            yield layout, ranks, method, dtype, options
+
+
+def main(every: int = 1) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    choices = list(itertools.product(*OPTIONS.values()))
-    for (layout, ranks), method in itertools.product(
-        LAYOUTS, ("AdaDiag", "AdafacDiag", "HfacDiag")
+    for layout, ranks, method, dtype, options in itertools.islice(
+        lines(), 0, None, every
     ):
-        for values in choices:
-            options = dict(zip(OPTIONS, values))
-            dtypes = (torch.float32, torch.bfloat16)
-            for dtype in dtypes if options["basis"] == "svd" else dtypes[:1]:
-                got = run_threads(ranks, run, layout, method, dtype, options)
-                line = " ".join([layout, str(ranks), method, str(dtype), *values])
-                print(line, *sorted(set(got)), flush=True)
+        got = run_threads(ranks, run, layout, method, dtype, options)
+        line = [layout, str(ranks), method, str(dtype), *options.values()]
+        print(*line, *sorted(set(got)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -327,6 +327,9 @@ def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:
 
 
 def _view(memory: Tensor, place: Place) -> Tensor:
+    """The view of a place inside contiguous memory."""
+    if memory.shape == place.size:
+        return memory
     start = memory.storage_offset() + place.offset
     return memory.as_strided(place.size, place.stride, start)
 
@@ -340,15 +343,18 @@ def _sizes(of: Mapping[int, int], world_size: int) -> list[int]:
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy to the first of each pair from the second, a call per kind of pair.
+    """Copy to the first of each pair from the second.
 
-    On an accelerator a call is a few kernels if all its tensors are contiguous.
+    One call on the CPU. On an accelerator a call is a few kernels if all its tensors
+    are contiguous and of one pair of dtypes, so there is one for each kind of pair.
     """
     alike: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
-        strided = not (target.is_contiguous() and source.is_contiguous())
-        key = target.dtype, source.dtype, strided
-        targets, sources = alike.setdefault(key, ([], []))
+        kind: object = None
+        if not target.is_cpu:
+            strided = not (target.is_contiguous() and source.is_contiguous())
+            kind = target.dtype, source.dtype, strided
+        targets, sources = alike.setdefault(kind, ([], []))
         targets.append(target)
         sources.append(source)
     for targets, sources in alike.values():

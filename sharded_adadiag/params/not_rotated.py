@@ -52,6 +52,11 @@ def _last_word(word: str, last: str) -> str:
     return rf"(?:^|\.)(?:[^.]+_)?{word}\.{last}$"
 
 
+def _numbered(word: str) -> str:
+    """Weights of a module whose name ends in this word, or of a list of such."""
+    return _last_word(word, r"(?:\d+\.)?weight")
+
+
 def _module_word(word: str) -> str:
     """Weights of a module whose name has this word, unless it is a projection."""
     maps = "patch|hidden|linear|dense|project|projection|projector|proj"
@@ -105,7 +110,24 @@ NAMES = (
     Named(_under("modality_router"), ROUTER, "gemma3n"),
     # Some models have several heads, and some are convolutions.
     Named(_last_word("classifier", "weight"), HEAD, "deit; segformer; detr"),
-    Named(_ends("class_embed.weight"), HEAD, "rf_detr"),
+    Named(_numbered("class_embed"), HEAD, "rf_detr; deformable_detr; lw_detr"),
+    Named(_numbered("(?:class|score)_head"), HEAD, "omdet-turbo; rt_detr"),
+    Named(_last_word("logits", "weight"), HEAD, "torchvision's maskrcnn"),
+    Named(_ends("cls_score.weight"), HEAD, "torchvision's fasterrcnn"),
+    Named(_ends("kps_score_lowres.weight"), HEAD, "torchvision's keypointrcnn"),
+    Named(_last_word("(?:aux|bpe|char)_head", "weight"), HEAD, "timm's volo; mgp-str"),
+    Named(_ends("vision_head.weight"), HEAD, "janus"),
+    Named(_ends("word_timestamp_head.weight"), HEAD, "nemo_speechlm"),
+    Named(_ends("head_linear.weight"), HEAD, "ovis2"),
+    Named(_last_word("head", r"decoder\.weight"), HEAD, "flava; camembert"),
+    Named(_ends("decoder.output_projection.weight"), HEAD, "fsmt"),
+    Named(_ends("seq_relationship.weight"), HEAD, "fnet; flava"),
+    Named(_ends("AuxLogits.fc.weight"), HEAD, "torchvision's inception_v3"),
+    Named(_last_word(r"aux\d", r"fc2\.weight"), HEAD, "torchvision's googlenet"),
+    Named(r"^heads?(?:_dist)?\.\d+\.weight$", HEAD, "timm's crossvit, efficientvim"),
+    Named(_ends("head.fc.weight"), HEAD, "timm's resnetv2"),
+    Named(_ends("head.l.weight"), HEAD, "timm's repvit"),
+    Named(_ends("head.linear.weight"), HEAD, "timm's levit"),
     Named(_ends("lm_head.weight"), HEAD, "bark"),
     Named(_ends("head.weight"), HEAD, "swiftformer; timm's deit"),
     Named(_ends("dist_head.weight"), HEAD, "swiftformer"),
@@ -157,13 +179,10 @@ USUAL_NAMES = (
     Named(_ends("wpe.weight"), EMBEDDING, "gpt2"),
     Named(_ends("shared.weight"), EMBEDDING, "t5"),
     Named(_ends("relative_attention_bias.weight"), EMBEDDING, "t5"),
-    Named(_ends("lm_head.decoder.weight"), HEAD, "camembert"),
     Named(_ends("score.weight"), HEAD, "llama_cls"),
     Named(_ends("classifier.1.weight"), HEAD, "resnet"),
     Named(_ends("classifier.linear.weight"), HEAD, "levit"),
-    Named(_ends("head.fc.weight"), HEAD, "timm's convnext"),
     Named(_ends("head.fc.fc2.weight"), HEAD, "timm's caformer"),
-    Named(_ends("head.l.weight"), HEAD, "timm's levit"),
     Named(_ends("last_linear.weight"), HEAD, "timm's inception_v4"),
     Named(_whole("output.weight"), HEAD, "torchtitan's llama"),
 )

@@ -40,7 +40,8 @@ class Move:
         source: Where its entries are.
         target: Where they must go.
         itemsize: Bytes of an element on the way.
-        summed: Every source holds a summand of the target, not a part of it.
+        summed: Every rank holds a summand of the whole matrix, not a part of it; who
+            wants it wants it whole.
     """
 
     cols: int
@@ -105,7 +106,7 @@ def _moved_numel(cols: int, source: Layout, target: Layout, summed: bool) -> int
         return target.numel * (len(source) - 1)
     if source == target:
         return 0
-    fewer, more = sorted((source, target), key=lambda side: _holders(side))
+    fewer, more = sorted((source, target), key=_holders)
     at_hand = sum(
         shared.numel
         for region, ranks in fewer.pieces
@@ -241,14 +242,13 @@ class ExchangePlan:
     def _copies(self, rank: int) -> CopyList:
         outgoing, incoming = self.sent(rank), self.received(rank)
         leaving = []
-        for chunk, span, start in _placed(outgoing):
+        for span, start in _placed(outgoing):
             hop = self.hops[span.item]
-            held = hop.target[chunk.rank] if hop.summed else hop.source[rank]
-            source = inside(held, span.region, hop.cols)
+            source = inside(hop.source[rank], span.region, hop.cols)
             target = dense(span.region.shape, start // hop.itemsize)
             leaving.append(Copy(span.item, span.region, source, target))
         came: dict[int, list[Copy]] = {}
-        for _, span, start in _placed(incoming):
+        for span, start in _placed(incoming):
             hop = self.hops[span.item]
             source = dense(span.region.shape, start // hop.itemsize)
             target = inside(hop.target[rank], span.region, hop.cols)
@@ -274,11 +274,11 @@ def _chunk(other: int, parts: Sequence[tuple[int, int, Region]]) -> Chunk:
     return Chunk(other, tuple(spans), -(-start // 8) * 8)
 
 
-def _placed(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Span, int]]:
+def _placed(chunks: Sequence[Chunk]) -> Iterator[tuple[Span, int]]:
     """Every span, and its first byte in the buffer of all messages."""
     start = 0
     for chunk in chunks:
-        yield from ((chunk, span, start + span.start) for span in chunk.spans)
+        yield from ((span, start + span.start) for span in chunk.spans)
         start += chunk.nbytes
 
 

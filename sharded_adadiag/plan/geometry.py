@@ -104,10 +104,15 @@ class Layout:
     def __iter__(self) -> Iterator[Region]:
         return (self[rank] for rank in range(self.world_size))
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Entries that all ranks hold together, replicas counted each time."""
         return sum(region.numel * len(ranks) for region, ranks in self.pieces)
+
+    @cached_property
+    def copies(self) -> int:
+        """The most ranks that hold one piece."""
+        return max((len(ranks) for _, ranks in self.pieces), default=1)
 
     def is_everywhere(self) -> bool:
         """Whether every rank holds the same region."""
@@ -214,25 +219,6 @@ def on_team(team: Ranks, rows: int, cols: int, world_size: int) -> Layout:
     if rows * cols == 0:
         return Layout(world_size, ())
     return Layout(world_size, ((full(rows, cols), team),))
-
-
-def by_parameter(holdings: Sequence[Sequence[Region]]) -> list[Layout]:
-    """The layout of each parameter, one object for all that lie alike.
-
-    Args:
-        holdings: Regions by rank and then parameter.
-
-    Returns:
-        The layouts.
-    """
-    known: dict[tuple[Region, ...], Layout] = {}
-    layouts = []
-    for regions in zip(*holdings):
-        layout = known.get(regions)
-        if layout is None:
-            layout = known[regions] = Layout.of(regions)
-        layouts.append(layout)
-    return layouts
 
 
 def full(rows: int, cols: int) -> Box:

@@ -31,7 +31,7 @@ from sharded_adadiag.plan.route import (
 )
 from sharded_adadiag.plan.spec import ParamSpec
 from sharded_adadiag.plan.stacks import Loads, divide, runs
-from sharded_adadiag.plan.teams import Divisible, Team, choose_teams
+from sharded_adadiag.plan.teams import Demand, Team, choose_teams
 from sharded_adadiag.plan.view import Share, needs_matrix
 
 
@@ -53,7 +53,7 @@ class MatrixPlan:
         rotation_dtype: Of the stored rotations.
         work_dtype: Of the computation and of the update.
         moments: Names and dimensions of its moments.
-        cuttable: Its lines are independent of each other, so that a step may work on
+        divisible: Its lines are independent of each other, so that a step may work on
             some of them at a time: one side is rotated, and the rule asks for no sum.
     """
 
@@ -69,7 +69,7 @@ class MatrixPlan:
     rotation_dtype: torch.dtype
     work_dtype: torch.dtype
     moments: dict[str, tuple[str, ...]]
-    cuttable: bool = False
+    divisible: bool = False
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -192,7 +192,7 @@ def plan_matrices(
     rest = [d for d in drafts if d.key not in plans]
     if distribution == "auto":
         chosen = choose_teams(
-            [d.divisible() for d in rest],
+            [d.demand() for d in rest],
             world_size,
             borne,
             ranks_per_node=ranks_per_node,
@@ -270,7 +270,7 @@ class _Draft:
     cost: MatrixCost
     rotation_bytes: int
     moments: dict[str, tuple[str, ...]]
-    cuttable: bool
+    divisible: bool
 
     @classmethod
     def of(
@@ -307,7 +307,7 @@ class _Draft:
             options.refresh_every,
             count * (moment_bytes + rotation_bytes),
         )
-        cuttable = not method.factored and options.noise_floor == 0 and left != right
+        divisible = not method.factored and options.noise_floor == 0 and left != right
         return cls(
             index,
             fact,
@@ -320,7 +320,7 @@ class _Draft:
             cost,
             count * rotation_bytes,
             moments,
-            cuttable and share.kind != "stack",
+            divisible and share.kind != "stack",
         )
 
     @property
@@ -352,14 +352,14 @@ class _Draft:
             options.refresh_every,
         )
 
-    def divisible(self) -> Divisible:
+    def demand(self) -> Demand:
         rows, cols = self.view.rows, self.view.cols
         lines = min(rows, cols) if self.left and self.right else rows
         if self.left and not self.right:
             lines = cols
         if self.two_sided_reproject or self.share.kind == "stack":
             lines = 1
-        return Divisible(self.cost, lines, self.rotation_bytes)
+        return Demand(self.cost, lines, self.rotation_bytes)
 
     def team_route(self, team: Team) -> Route:
         sides = {"left": self.left, "right": self.right}
@@ -387,5 +387,5 @@ class _Draft:
             rotation_dtype(options, dtype),
             self.fact.work_dtype,
             self.moments,
-            self.cuttable,
+            self.divisible,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from sharded_adadiag.algorithm.state import Rule, moment_dtype, plain_moments
@@ -185,7 +186,8 @@ class Plan:
         watched = len(self.watched)
         if self.world_size == 1 or not (checked or watched):
             return 0
-        copied = sum(map(has_copies, self.layouts))
+        alike = Counter(self.layouts)
+        copied = sum(count for layout, count in alike.items() if has_copies(layout))
         return 4 * (len(self.specs) + copied + watched + 5)
 
     def _make_rounds(self, matrices: Sequence[MatrixPlan]) -> list[Round]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.geometry import Box, Layout
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.packing import pack
 
 # Without communication there is nothing to fuse, only temporary memory to save.
 LOCAL_ROUND_BYTES = 1 << 22
@@ -39,29 +41,34 @@ class Round:
     """Parts that pass their stages together.
 
     Attributes:
-        parts: The parts.
+        parts: The parts, at most one of each matrix.
         world_size: Number of ranks.
-        moves: For the hop from stage k to k + 1, the plan there and the plan back.
-        members: Positions of the parts that make hop k.
+        over_budget: Some rank sends or receives more than a round should.
     """
 
     parts: tuple[Part, ...]
     world_size: int
-    moves: tuple[tuple[ExchangePlan, ExchangePlan], ...]
-    members: tuple[tuple[int, ...], ...]
+    over_budget: bool = False
 
-    @classmethod
-    def of(cls, parts: Sequence[Part], world_size: int) -> Round:
-        """The round of these parts, with the plans of its exchanges."""
-        moves, members = [], []
-        for k in range(max(len(part.layouts) for part in parts) - 1):
-            who = [i for i, part in enumerate(parts) if len(part.layouts) > k + 1]
-            there = tuple(_move(parts[i], k) for i in who)
-            plan = ExchangePlan(world_size, there)
-            back = plan.inverse([parts[i].matrix.view.work_itemsize for i in who])
-            moves.append((plan, back))
-            members.append(tuple(who))
-        return cls(tuple(parts), world_size, tuple(moves), tuple(members))
+    @cached_property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of the parts that make hop k, from stage k to k + 1."""
+        depth = max(len(part.layouts) for part in self.parts)
+        return tuple(
+            tuple(i for i, part in enumerate(self.parts) if len(part.layouts) > k + 1)
+            for k in range(depth - 1)
+        )
+
+    @cached_property
+    def moves(self) -> tuple[tuple[ExchangePlan, ExchangePlan], ...]:
+        """For the hop from stage k to k + 1, the plan there and the plan back."""
+        pairs = []
+        for k, who in enumerate(self.members):
+            some = [self.parts[i] for i in who]
+            plan = ExchangePlan(self.world_size, tuple(_move(p, k) for p in some))
+            back = plan.inverse([p.matrix.view.work_itemsize for p in some])
+            pairs.append((plan, back))
+        return tuple(pairs)
 
     @property
     def num_collectives(self) -> int:
@@ -72,14 +79,21 @@ class Round:
         """Bytes a rank sends to others in an ordinary step."""
         return sum(plan.bytes_sent(rank) for pair in self.moves for plan in pair)
 
+    def work(self) -> dict[int, float]:
+        """Multiply-adds of a step, by each rank that has any."""
+        work: dict[int, float] = {}
+        for part in self.parts:
+            cost = part.matrix.cost.step / max(part.matrix.view.numel, 1)
+            for block, ranks in part.layouts[-1].pieces:
+                for rank in ranks:
+                    work[rank] = work.get(rank, 0.0) + cost * block.numel
+        return work
+
 
 def make_rounds(
     matrices: Sequence[MatrixPlan], world_size: int, buffer_bytes: int
 ) -> list[Round]:
-    """Group matrices so that an exchange is large but its memory is bounded.
-
-    Within a round the matrices come from all heads in turn, so that all ranks work
-    at the same time.
+    """Group matrices so that all ranks work in each round and its memory is bounded.
 
     Args:
         matrices: All matrices.
@@ -89,34 +103,100 @@ def make_rounds(
     Returns:
         The rounds, equal on every rank.
     """
+    if world_size == 1:
+        return _local_rounds(matrices)
+    limit = round_bytes(buffer_bytes)
+    packing, most = pack(matrices, world_size, limit)
     rounds = []
-    limit = buffer_bytes * world_size if world_size > 1 else LOCAL_ROUND_BYTES
-    for kind in ("owner", "team", "broadcast"):
-        alike = [m for m in matrices if m.route.kind == kind]
-        batch: list[Part] = []
-        size = 0
-        for matrix in _in_turn(alike):
-            bytes_ = matrix.view.numel * matrix.view.work_itemsize
-            if batch and size + bytes_ > limit:
-                rounds.append(Round.of(batch, world_size))
-                batch, size = [], 0
-            batch.append(Part.all_of(matrix))
-            size += bytes_
-        if batch:
-            rounds.append(Round.of(batch, world_size))
+    for some, nbytes in zip(packing.rounds, most):
+        parts = tuple(_part(matrices[i], some[i], world_size) for i in sorted(some))
+        if parts:
+            rounds.append(Round(parts, world_size, nbytes > limit))
     return rounds
 
 
-def _in_turn(matrices: Sequence[MatrixPlan]) -> list[MatrixPlan]:
-    """The first of each head, then the second of each, and so on."""
-    count: dict[int, int] = {}
-    order = []
+def round_bytes(buffer_bytes: int) -> int:
+    """What a rank may send or receive in a round, in the dtype of the work.
+
+    While a round is worked on, the next arrives (sent and received) and the last leaves
+    (its results, sent and received).
+
+    Args:
+        buffer_bytes: What a rank may use for exchanges.
+
+    Returns:
+        A sixth of it.
+    """
+    return buffer_bytes // 6
+
+
+def step_efficiency(rounds: Sequence[Round]) -> float:
+    """The mean rank's work of a step over what the busiest ranks of the rounds do.
+
+    Args:
+        rounds: All rounds of a step.
+
+    Returns:
+        1 if all ranks work all the time.
+    """
+    works = [one.work() for one in rounds]
+    busiest = sum(max(work.values(), default=0.0) for work in works)
+    total = sum(sum(work.values()) for work in works)
+    return total / rounds[0].world_size / busiest if busiest else 1.0
+
+
+def refresh_rounds(
+    matrices: Sequence[MatrixPlan], buffer_bytes: int
+) -> list[tuple[MatrixPlan, ...]]:
+    """Groups of matrices that are refreshed together.
+
+    A head gets the whole gradients of a group: as many as fit its share of the budget,
+    or one that does not fit. All heads are busy as long as they have any.
+
+    Args:
+        matrices: Those whose bases are due.
+        buffer_bytes: What a rank may use for exchanges.
+
+    Returns:
+        The groups.
+    """
+    limit = round_bytes(buffer_bytes)
+    groups: list[list[MatrixPlan]] = []
+    last: dict[int, tuple[int, int]] = {}  # by head: its group, and bytes there
+    for m in matrices:
+        nbytes = m.view.numel * m.view.work_itemsize
+        group, there = last.get(m.route.owner, (0, 0))
+        if there and there + nbytes > limit:
+            group, there = group + 1, 0
+        if group == len(groups):
+            groups.append([])
+        groups[group].append(m)
+        last[m.route.owner] = group, there + nbytes
+    return [tuple(group) for group in groups]
+
+
+def _local_rounds(matrices: Sequence[MatrixPlan]) -> list[Round]:
+    """The rounds of a single process, which exchanges nothing and cuts nothing."""
+    rounds: list[list[Part]] = []
+    size = 0
     for matrix in matrices:
-        head = matrix.route.owner
-        order.append((count.get(head, 0), head, matrix.index))
-        count[head] = count.get(head, 0) + 1
-    ranked = sorted(zip(order, matrices), key=lambda pair: pair[0])
-    return [matrix for _, matrix in ranked]
+        nbytes = matrix.view.numel * matrix.view.work_itemsize
+        if not rounds or size + nbytes > LOCAL_ROUND_BYTES:
+            rounds.append([])
+            size = 0
+        rounds[-1].append(Part.all_of(matrix))
+        size += nbytes
+    return [Round(tuple(parts), 1) for parts in rounds]
+
+
+def _part(matrix: MatrixPlan, blocks: dict[int, Box] | None, world_size: int) -> Part:
+    if blocks is None:
+        return Part.all_of(matrix)
+    pieces = tuple(
+        (block, range(rank, rank + 1)) for rank, block in sorted(blocks.items())
+    )
+    layouts = matrix.view.layout, Layout(world_size, pieces)
+    return Part(matrix, layouts, whole=False)
 
 
 def _move(part: Part, k: int) -> Move:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from sharded_adadiag.algorithm.state import Rule
-from sharded_adadiag.algorithm.sums import PartialSum, run, together
-from sharded_adadiag.algorithm.update import moment_rule
-from sharded_adadiag.options import Options
+from sharded_adadiag.algorithm.rehearsal import Asked, rehearse
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.rounds import Round
@@ -25,41 +23,41 @@ def sums_of(plan: Plan) -> list[list[int]]:
     Returns:
         For each round one number for each all-reduce, equal on all ranks.
     """
-    return [_of_round(some, plan) for some in plan.rounds]
-
-
-def _of_round(some: Round, plan: Plan) -> list[int]:
-    """Found by a rehearsal of the rule of every matrix on meta tensors."""
-    waiting = []
-    for part in some.parts:
-        options = plan.specs[part.matrix.index].options
+    known: dict[object, list[list[Asked]]] = {}
+    waits: dict[int, list[list[Asked]]] = {}
+    for m in plan.members:
+        options = plan.specs[m.index].options
         # Adam's rule waits for nothing.
-        waits = plan.rule.factored or options.noise_floor > 0.0
-        if waits and part.matrix.route.kind != "owner":
-            waiting.append((part.matrix, options))
-    rules = [_rehearsal(plan.rule, *one) for one in waiting]
-    splits = [matrix.route.moments.split for matrix, _ in waiting]
+        waiting = plan.rule.factored or options.noise_floor > 0.0
+        if waiting and m.route.kind != "owner":
+            block = m.route.moments.layout[m.route.owner].shape
+            key = block, m.view.rows, m.view.cols, m.work_dtype, id(options)
+            if key not in known:
+                known[key] = _across_ranks(m, plan)
+            waits[m.key] = known[key]
+    return [_of_round(some, waits) for some in plan.rounds]
+
+
+def _of_round(some: Round, waiting: Mapping[int, list[list[Asked]]]) -> list[int]:
+    """The rules of all matrices wait together, for one all-reduce of each dtype."""
+    waits = [waiting.get(part.matrix.key, []) for part in some.parts]
     found: list[int] = []
-
-    def count(asked: list[PartialSum]) -> list[torch.Tensor]:
+    for together in itertools.zip_longest(*waits, fillvalue=()):
         sizes: Counter[torch.dtype] = Counter()
-        for partial in asked:
-            if partial.over in {"all", splits[partial.matrix]}:
-                sizes[partial.value.dtype] += partial.value.nbytes
+        for asked in itertools.chain.from_iterable(together):
+            sizes[asked.dtype] += asked.nbytes
         found.extend(sizes.values())
-        return [partial.value for partial in asked]
-
-    run(together(rules), count)
     return found
 
 
-def _rehearsal(rule: Rule, matrix: MatrixPlan, options: Options) -> Any:
-    """The running rule of one matrix on meta tensors of the head's block."""
-    rank = matrix.route.owner
-
-    def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    block = tensor(matrix.route.moments.layout[rank].shape, matrix.work_dtype)
-    states = {key: tensor(*how) for key, how in matrix.state_shapes(rank).items()}
-    return moment_rule(rule, [block], [states], options, [1], matrix.shape)
+def _across_ranks(matrix: MatrixPlan, plan: Plan) -> list[list[Asked]]:
+    """The sums of one matrix to which several ranks contribute, at each wait."""
+    rank, moments = matrix.route.owner, matrix.route.moments
+    waits = rehearse(
+        plan.rule,
+        (moments.layout[rank].shape, matrix.work_dtype),
+        matrix.state_shapes(rank),
+        plan.specs[matrix.index].options,
+        matrix.shape,
+    )
+    return [[a for a in asked if a.over in {"all", moments.split}] for asked in waits]

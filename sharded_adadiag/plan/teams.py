@@ -35,8 +35,8 @@ Borne = Sequence[tuple[int, MatrixCost]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Divisible:
-    """What a matrix costs and how far it may be divided.
+class Demand:
+    """What a matrix asks of the ranks, and how far it may be divided.
 
     Attributes:
         cost: Work and state of the whole matrix.
@@ -86,7 +86,7 @@ class Team:
 
 
 def choose_teams(
-    matrices: Sequence[Divisible],
+    matrices: Sequence[Demand],
     world_size: int,
     borne: Borne = (),
     *,
@@ -116,7 +116,7 @@ def choose_teams(
 
 
 def _excess(
-    matrices: Sequence[Divisible],
+    matrices: Sequence[Demand],
     members: Sequence[Ranks],
     world_size: int,
     borne: Borne,
@@ -141,7 +141,7 @@ def _excess(
 
 
 def _fewest(
-    matrices: Sequence[Divisible], world_size: int, borne: Borne, ranks_per_node: int
+    matrices: Sequence[Demand], world_size: int, borne: Borne, ranks_per_node: int
 ) -> list[Ranks]:
     """The fewest ranks for each matrix under the lowest bounds that can be met."""
     work, moments = [0] * world_size, [0] * world_size
@@ -189,7 +189,7 @@ class _Rooms:
         # Ranks with most room, and the first of equals, stand at the end.
         self.ascending = sorted((room, -rank) for rank, room in enumerate(work))
 
-    def place(self, matrices: Sequence[Divisible]) -> list[Ranks] | None:
+    def place(self, matrices: Sequence[Demand]) -> list[Ranks] | None:
         """The fewest ranks for each matrix, or None if there is no room for one."""
         members: list[Ranks] = [()] * len(matrices)
         heaviest = sorted(
@@ -203,7 +203,7 @@ class _Rooms:
             members[i] = ranks_of(sorted(team))
         return members
 
-    def _team(self, matrix: Divisible) -> list[int] | None:
+    def _team(self, matrix: Demand) -> list[int] | None:
         for size in range(1, min(matrix.max_ranks, len(self.work)) + 1):
             work, moments = matrix.step_part(size), matrix.moments_part(size)
             if self.ascending[-size][0] >= work:
@@ -230,7 +230,7 @@ class _Rooms:
                     return node
         return roomiest
 
-    def _take(self, team: Sequence[int], matrix: Divisible) -> None:
+    def _take(self, team: Sequence[int], matrix: Demand) -> None:
         work = matrix.step_part(len(team))
         moments = matrix.moments_part(len(team))
         for rank in team:
@@ -242,7 +242,7 @@ class _Rooms:
 
 
 def _with_heads(
-    matrices: Sequence[Divisible],
+    matrices: Sequence[Demand],
     members: Sequence[Ranks],
     world_size: int,
     borne: Borne,

@@ -12,7 +12,7 @@ from sharded_adadiag.plan.report import refreshes_of, state_bytes, step_work
 from sharded_adadiag.plan.rounds import Round
 
 # Traffic is listed message by message for this many ranks; of more, for a sample.
-RANKS_LISTED = 64
+RANKS_LISTED = 32
 SPREAD = 16
 BUSIEST = 8
 
@@ -168,7 +168,7 @@ def traffic(plan: Plan, rank: int, refreshes: Sequence[ExchangePlan] = ()) -> Tr
         Exact bytes and messages.
     """
     sent = messages = 0
-    arriving, working, leaving = [0], [0], [0]
+    arriving, working, leaving = [], [], []
     for some in plan.rounds:
         ways = [0, 0]
         for pair in some.moves:
@@ -184,14 +184,22 @@ def traffic(plan: Plan, rank: int, refreshes: Sequence[ExchangePlan] = ()) -> Tr
         arriving.append(ways[0])
         working.append(_held(some, rank) if any(ways) else 0)
         leaving.append(ways[1])
-    # Round k + 1 arrives while k is worked on and k - 1, with its results, leaves.
-    flight = zip([*arriving[1:], 0], working, [0, *leaving], [0, *working])
     return Traffic(
         sent,
         messages,
         sum(exchange.bytes_sent(rank) for exchange in refreshes),
-        max(map(sum, flight)),
+        _in_flight(arriving, working, leaving),
     )
+
+
+def _in_flight(
+    arriving: Sequence[int], working: Sequence[int], leaving: Sequence[int]
+) -> int:
+    """The most bytes at a time: k + 1 arrives, k is worked on, k - 1 leaves."""
+    # What leaves does so with the results that it is made of.
+    leaving = [a + b for a, b in zip(leaving, working)]
+    now = zip([*arriving, 0, 0], [0, *working, 0], [0, 0, *leaving])
+    return max(map(sum, now))
 
 
 def _held(some: Round, rank: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.view import needs_matrix
 from sharded_adadiag.planner.figures import Figures
 from sharded_adadiag.planner.request import Answer, Request
@@ -13,8 +15,12 @@ from sharded_adadiag.planner.request import Answer, Request
 EFFICIENCY = 0.85
 # The most loaded rank over the mean.
 WORK, STATE = 1.15, 1.15
+# All ranks' state over that of one process.
+COPIES = 2.0
 # Many messages of fewer bytes than this cost more than their bytes.
 MESSAGES, MESSAGE_BYTES = 1024, 16384
+# So many that what each of them waits for adds up.
+ROUNDS = 200
 
 
 def as_json(request: Request, made: Answer, figures: Figures) -> dict[str, Any]:
@@ -197,6 +203,12 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
             + ("--distribution auto, or " if own else "")
             + "--state-dtype bfloat16 if it does not fit"
         )
+    copies = figures.state_bytes_mean * plan.world_size / max(_state_once(plan), 1)
+    if own and copies > COPIES:
+        yield (
+            f"all ranks together keep {copies:.1f} x the state of one process, in "
+            "copies of rotations: --distribution auto"
+        )
     if figures.buffer_bytes_max > request.buffer_bytes:
         yield (
             f"exchanges take {size(figures.buffer_bytes_max)}, over --buffer-bytes "
@@ -205,9 +217,16 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
         )
     each = figures.sent_bytes_step_max / max(figures.messages_step_max, 1)
     if figures.messages_step_max > MESSAGES and each < MESSAGE_BYTES:
+        remedy = (
+            "--replicas makes shards fewer and larger"
+            if request.mesh.layout == "fsdp2"
+            else f"--buffer-bytes over {request.buffer_bytes} makes larger ones"
+        )
+        yield f"{figures.messages_step_max:,} messages a step of {size(each)}: {remedy}"
+    if figures.rounds > ROUNDS:
         yield (
-            f"{figures.messages_step_max:,} messages a step of {size(each)} each: "
-            f"--buffer-bytes over {request.buffer_bytes} makes fewer and larger ones"
+            f"{figures.rounds:,} rounds a step, each a wait for the network: "
+            f"--buffer-bytes over {request.buffer_bytes} makes fewer"
         )
 
 
@@ -222,6 +241,14 @@ def _over_max_dim(request: Request) -> int:
         and not needs_matrix(request.rule, weight.shape, options)
         for weight in every
     )
+
+
+def _state_once(plan: Plan) -> int:
+    """Bytes of all state if there were one copy of each."""
+    plain = sum(
+        plan.plain_bytes(i) * math.prod(plan.specs[i].shape) for i in plan.plain
+    )
+    return plain + sum(matrix.cost.state_bytes for matrix in plan.members)
 
 
 def _two_sided(request: Request) -> bool:

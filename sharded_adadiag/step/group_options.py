@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from sharded_adadiag.options import PLANNED, STEERING, Options
@@ -46,13 +46,17 @@ class GroupOptions:
         self.entries = entries
         self.follow(())
 
-    def follow(self, matrices: Sequence[MatrixPlan]) -> None:
+    def follow(
+        self, matrices: Sequence[MatrixPlan], cut: Collection[tuple[int, int]] = ()
+    ) -> None:
         """Look anew: parameters came, left or changed groups.
 
         Args:
             matrices: The plan of those that are seen as matrices.
+            cut: Keys of those that are worked on in several rounds.
         """
         self.matrices = matrices
+        self.cut = cut
         self._known: list[tuple[Any, ...]] | None = None
         self._fingerprint = 0
         self._groups = {id(e.group): e.group for e in self.entries if e.member}
@@ -100,22 +104,35 @@ class GroupOptions:
 
     def _complaint(self, options: dict[int, Options]) -> str:
         """The first option that is not as planned."""
-        in_blocks = {m.index: m for m in self.matrices if m.route.kind != "owner"}
+        matrices: dict[int, list[MatrixPlan]] = {}
+        for m in self.matrices:
+            matrices.setdefault(m.index, []).append(m)
         for i, entry in enumerate(self.entries):
             if not entry.member:
                 continue
             now = options[id(entry.group)]
             if text := _change(entry, now):
                 return text
-            matrix = in_blocks.get(i)
-            if matrix is not None:
-                if now.on_refresh == "reproject" and matrix.left and matrix.right:
-                    return (
-                        f"{entry.spec.name}: on_refresh became 'reproject', for which "
-                        "a matrix rotated on two sides must be whole, but it is "
-                        "planned in blocks; set it from the beginning, or pass "
-                        'distribution="owner"'
-                    )
+            for m in matrices.get(i, ()):
+                if text := self._needs_more(m, now):
+                    return f"{m.view.name}: {text}"
+        return ""
+
+    def _needs_more(self, matrix: MatrixPlan, now: Options) -> str:
+        """What of a matrix must be whole for its options, and is planned in blocks."""
+        both = matrix.left and matrix.right
+        if now.on_refresh == "reproject" and both and matrix.route.kind != "owner":
+            return (
+                "on_refresh became 'reproject', for which a matrix rotated on two "
+                "sides must be whole, but it is planned in blocks; set it from the "
+                'beginning, or pass distribution="owner"'
+            )
+        if now.noise_floor > 0 and matrix.key in self.cut:
+            return (
+                f"noise_floor became {now.noise_floor!r}, for which all of the matrix "
+                "must be there at once, but it is planned in blocks one after the "
+                "other; set it from the beginning, or pass a larger buffer_bytes"
+            )
         return ""
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.pairs import FULL_PRODUCTS
+from support.saving import FSDP1_WARNINGS
 from support.training import (
     Parameters,
     advance,
@@ -30,11 +31,7 @@ from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import HARD_CASES
 from sharded_adadiag.testing.ranks import run_processes, run_threads
 
-# On one rank FSDP1 shards nothing, and says so; its state dicts are deprecated.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = FSDP1_WARNINGS
 CASES = tuple(c for c in HARD_CASES if not (c.frozen or c.without_gradient))
 F32 = torch.float32
 BEFORE, AFTER = 6, 10  # bases at steps 1, 5 and 9: before and after the checkpoint

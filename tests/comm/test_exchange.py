@@ -1,6 +1,8 @@
 """Exchanges between ranks against what numpy says of whole matrices."""
 
 import functools
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +139,31 @@ def under_way_at_once(rank, cases):
 @given(st.integers(2, 6).flatmap(lambda n: st.lists(exchanges(n), min_size=2)))
 def test_exchanges_under_way_at_once_do_not_disturb_each_other(cases):
     run_threads(cases[0][0].world_size, under_way_at_once, cases)
+
+
+class Late:
+    """A communicator whose bytes arrive when they are waited for."""
+
+    def __init__(self, comm):
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.device = comm.device
+
+    def start_all_to_all(self, *args):
+        return SimpleNamespace(wait=lambda: self.comm.start_all_to_all(*args).wait())
+
+
+def finished_late(rank, plan, whole):
+    exchange = Exchange(Late(communicator(dist.group.WORLD)))
+    first = start(exchange, plan, pieces_of(plan, whole, rank), into="first")
+    second = start(exchange, plan, pieces_of(plan, whole, rank), into="second")
+    assert_new_pieces(plan, whole, rank, first.finish()[0])
+    parts, _ = second.parts()
+    for region, part in itertools.chain(*parts):
+        np.testing.assert_array_equal(part.numpy(), entries(whole[0], region))
+
+
+def test_what_comes_is_read_when_it_has_come():
+    run_threads(3, finished_late, swapped(3), matrices([(4, 6)]))
 
 
 def gloo_under_way_at_once(rank):

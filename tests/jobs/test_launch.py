@@ -282,6 +282,7 @@ def test_deepspeed_runs_a_script_of_yours_that_knows_the_optimizers(
     assert done.stdout.splitlines()[-5:] == expected
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_torchrun_without_ranks_is_ended() -> None:
     """Here torchrun is a program whose child runs for longer than the limit, then

@@ -17,11 +17,11 @@ from sharded_adadiag.algorithm.state import ADAFACDIAG
 from sharded_adadiag.plan import teams
 from sharded_adadiag.plan.cost import MatrixCost
 from sharded_adadiag.plan.geometry import Box
-from sharded_adadiag.plan.teams import Divisible, choose_teams
+from sharded_adadiag.plan.teams import Demand, choose_teams
 
 
-def divisible(step, lines, refresh=7, state=1000, rotation=100):
-    return Divisible(MatrixCost(step, refresh, 200, state), lines, rotation)
+def demand(step, lines, refresh=7, state=1000, rotation=100):
+    return Demand(MatrixCost(step, refresh, 200, state), lines, rotation)
 
 
 @pytest.mark.parametrize("world_size", range(2, 9))
@@ -58,21 +58,21 @@ def test_thousands_of_ranks_work_alike(model, world_size, shards):
 
 
 def test_teams_of_one_are_kept_where_they_are_balanced():
-    even = [divisible(100, 6400)] * 8
+    even = [demand(100, 6400)] * 8
     assert [len(t.ranks) for t in choose_teams(even, 4)] == [1] * 8
-    nine = choose_teams([divisible(100, 6400)] * 9, 4)
+    nine = choose_teams([demand(100, 6400)] * 9, 4)
     assert max(len(t.ranks) for t in nine) > 1
 
 
 def test_a_matrix_of_few_lines_is_not_divided():
-    narrow = choose_teams([divisible(100, 2 * teams.MIN_LINES - 1)] * 3, 2)
+    narrow = choose_teams([demand(100, 2 * teams.MIN_LINES - 1)] * 3, 2)
     assert [len(t.ranks) for t in narrow] == [1, 1, 1]
-    wide = choose_teams([divisible(100, 2 * teams.MIN_LINES)] * 3, 2)
+    wide = choose_teams([demand(100, 2 * teams.MIN_LINES)] * 3, 2)
     assert sorted(len(t.ranks) for t in wide) == [1, 1, 2]
 
 
 def test_what_ranks_bear_already_counts():
-    (team,) = choose_teams([divisible(50, 1)], 3, [(0, divisible(100, 1).cost)] * 2)
+    (team,) = choose_teams([demand(50, 1)], 3, [(0, demand(100, 1).cost)] * 2)
     assert team.head != 0
     shapes = hidden_shapes("60M")[:7]
     first = planned(shapes[:1], row_shards(shapes[:1], 2), distribution="owner")
@@ -91,7 +91,7 @@ def test_what_ranks_bear_already_counts():
 def test_every_matrix_has_a_team_of_ranks_with_a_head_among_them(
     matrices, world_size, ranks_per_node
 ):
-    given_ = [divisible(step, lines) for step, lines in matrices]
+    given_ = [demand(step, lines) for step, lines in matrices]
     chosen = choose_teams(given_, world_size, ranks_per_node=ranks_per_node)
     again = choose_teams(list(given_), world_size, ranks_per_node=ranks_per_node)
     assert chosen == again and len(chosen) == len(matrices)
@@ -102,13 +102,13 @@ def test_every_matrix_has_a_team_of_ranks_with_a_head_among_them(
 
 
 def test_a_team_stays_on_one_node_that_has_room():
-    heavy = [divisible(1000, 6400)] * 3 + [divisible(500, 6400)] * 2
+    heavy = [demand(1000, 6400)] * 3 + [demand(500, 6400)] * 2
     for team in choose_teams(heavy, 16, ranks_per_node=8):
         assert len({rank // 8 for rank in team.ranks}) == 1
 
 
 def test_heads_share_the_refreshes():
-    chosen = choose_teams([divisible(100, 6400)] * 3, 12)
+    chosen = choose_teams([demand(100, 6400)] * 3, 12)
     assert len({team.head for team in chosen}) == 3
 
 
@@ -137,7 +137,7 @@ def test_members_keep_a_block_of_the_moments_and_a_rotation_and_others_nothing()
 def test_two_sides_take_two_stages_within_the_team():
     shape = (256, 192)
     (matrix,) = planned([shape], row_shards([shape], 3), sides="two")
-    assert matrix.route.kind == "team" and not matrix.cuttable
+    assert matrix.route.kind == "team" and not matrix.divisible
     _, rows, cols = matrix.route.stages
     assert (rows.split, rows.right, rows.left) == ("rows", True, False)
     assert (cols.split, cols.right, cols.left) == ("cols", False, True)
@@ -152,7 +152,7 @@ def test_two_sides_take_two_stages_within_the_team():
 def test_only_lines_that_wait_for_no_sum_may_be_cut_over_rounds():
     shape = (256, 192)
     layouts = row_shards([shape], 2)
-    assert planned([shape], layouts)[0].cuttable
-    assert not planned([shape], layouts, noise_floor=0.1)[0].cuttable
-    assert not planned([shape], layouts, sides="two")[0].cuttable
-    assert not planned([shape], layouts, rule=ADAFACDIAG)[0].cuttable
+    assert planned([shape], layouts)[0].divisible
+    assert not planned([shape], layouts, noise_floor=0.1)[0].divisible
+    assert not planned([shape], layouts, sides="two")[0].divisible
+    assert not planned([shape], layouts, rule=ADAFACDIAG)[0].divisible

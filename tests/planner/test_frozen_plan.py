@@ -86,8 +86,12 @@ def test_the_head_of_a_step_is_free_alone_and_where_nothing_is_checked():
         dataclasses.replace(s, options=dataclasses.replace(s.options, nonfinite=how))
         for s, how in zip(specs, ("ignore", "ignore"))
     ]
-    quiet = Plan.of(ignoring, layouts, rule=ADADIAG, world_size=RANKS)
-    assert quiet.agreement_bytes == 0
+    ranks = {"rule": ADADIAG, "world_size": RANKS}
+    quiet = Plan.of(ignoring, layouts, **ranks, distribution="owner")
+    assert quiet.agreement_bytes == 0 and not quiet.watched
+    # A team's refresh concerns ranks that must know of it.
+    teams = Plan.of(ignoring, layouts, **ranks, distribution="auto")
+    assert teams.agreement_bytes == 4 * (2 + 5 + len(teams.watched)) and teams.watched
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ TABLE = {
     },
     "rf_detr": {
         "by name rotated: unusual name": "query_feat",
-        "head": "class_embed layers",
+        "head": "class_embed enc_out_class_embed layers",
         "by name rotated: last layer": "layers",
     },
     "sam": {
@@ -408,6 +408,14 @@ TABLE = {
         "by name rotated: unusual name": "bag",
         "head": "top",
         "by name rotated: last layer": "top",
+    },
+    "heads": {
+        "head": (
+            "decoder_class_head enc_score_head cls_logits cls_score aux_head "
+            "kps_score_lowres bpe_head vision_head word_timestamp_head head_linear "
+            "decoder output_projection seq_relationship fc fc2 heads linear last"
+        ),
+        "by name rotated: last layer": "last",
     },
     "open_clip": {
         "position table": "positional_embedding visual.positional_embedding",

@@ -1,0 +1,90 @@
+"""What a round asks of those who store its matrices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+from sharded_adadiag.plan.geometry import Box, FlatRange, Layout, Ranks
+from sharded_adadiag.plan.items import Blocks, Item
+from sharded_adadiag.plan.matrices import MatrixPlan
+
+
+def most_stored(
+    matrices: Sequence[MatrixPlan], items: Sequence[Item], some: Mapping[int, Blocks]
+) -> int:
+    """The most that one rank has stored of what is worked on in a round.
+
+    Args:
+        matrices: All matrices.
+        items: The same as items.
+        some: The blocks of the round, by position of the matrix.
+
+    Returns:
+        Bytes in the dtype of the work; columns of flat ranges are taken to be spread
+        evenly, which is exact but for one row.
+    """
+    # What lies alike adds up before it is told to ranks.
+    shares: dict[Layout, float] = {}
+    rows: dict[tuple[Layout, int], list[tuple[int, float]]] = {}
+    for i, blocks in some.items():
+        view = matrices[i].view
+        if len(matrices[i].route.stages) < 2:
+            continue
+        if blocks is not None and items[i].by_rows and _ranges(view.layout, view.cols):
+            events = rows.setdefault((view.layout, view.cols), [])
+            for block in blocks.values():
+                events.append((block.row_start * view.cols, view.work_itemsize))
+                events.append((block.row_stop * view.cols, -view.work_itemsize))
+            continue
+        share = 1.0
+        if blocks is not None:
+            share = sum(block.numel for block in blocks.values()) / view.numel
+        so_far = shares.get(view.layout, 0.0)
+        shares[view.layout] = so_far + share * view.work_itemsize
+    held: dict[int, float] = {}
+    for layout, share in shares.items():
+        _tell(held, ((ranks, piece.numel * share) for piece, ranks in layout.pieces))
+    for (layout, cols), events in rows.items():
+        _tell(held, _under(sorted(events), _ranges(layout, cols)))
+    return int(max(held.values(), default=0.0))
+
+
+def _tell(held: dict[int, float], told: Iterable[tuple[Ranks, float]]) -> None:
+    for ranks, nbytes in told:
+        for rank in ranks:
+            held[rank] = held.get(rank, 0.0) + nbytes
+
+
+def _under(
+    events: Sequence[tuple[int, float]],
+    ranges: Sequence[tuple[FlatRange, Ranks]],
+) -> Iterable[tuple[Ranks, float]]:
+    """The area of each range under a function that jumps at the events."""
+    at, density = 0, 0.0
+    jumps = iter([*events, (ranges[-1][0].stop, 0.0)])
+    position, jump = next(jumps)
+    for piece, ranks in ranges:
+        area = 0.0
+        at = piece.start
+        while position < piece.stop:
+            area += density * max(position - at, 0)
+            at = max(position, at)
+            density += jump
+            position, jump = next(jumps)
+        area += density * (piece.stop - at)
+        if area:
+            yield ranks, area
+
+
+@functools.lru_cache(maxsize=1024)
+def _ranges(layout: Layout, cols: int) -> list[tuple[FlatRange, Ranks]]:
+    """The pieces of a matrix as ascending flat ranges; none if they are none."""
+    ranges = []
+    for piece, ranks in layout.pieces:
+        if isinstance(piece, Box):
+            if piece.shape[1] != cols:
+                return []
+            piece = FlatRange(piece.row_start * cols, piece.row_stop * cols)
+        ranges.append((piece, ranks))
+    return sorted(ranges, key=lambda pair: pair[0])
