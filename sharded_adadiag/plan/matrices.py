@@ -30,7 +30,7 @@ from sharded_adadiag.plan.route import (
     team_route,
 )
 from sharded_adadiag.plan.spec import ParamSpec
-from sharded_adadiag.plan.stacks import Loads, divide, runs
+from sharded_adadiag.plan.stacks import divide, runs
 from sharded_adadiag.plan.teams import Demand, Team, choose_teams
 from sharded_adadiag.plan.view import Share, needs_matrix
 
@@ -85,6 +85,11 @@ class MatrixPlan:
             return self.view.name
         stack = self.view.name[: self.view.name.rindex("[")]
         return f"{stack}[{self.share.first + position}]"
+
+    @property
+    def held(self) -> bool:
+        """Whether its owner alone stores it, so that nothing is moved."""
+        return self.route.kind == "owner" and len(self.route.stages) == 1
 
     @property
     def rotated(self) -> bool:
@@ -179,7 +184,7 @@ def plan_matrices(
         The plans, equal on every rank.
     """
     drafts: list[_Draft] = []
-    loads = Loads(world_size)
+    loads = [0] * world_size
     for i, (fact, layout) in enumerate(zip(facts, layouts)):
         if needs_matrix(method, fact.shape, fact.options):
             drafts.extend(_drafts(first_index + i, fact, layout, method, loads))
@@ -206,12 +211,15 @@ def plan_matrices(
 
 
 def _drafts(
-    index: int, fact: ParamSpec, layout: Layout, method: Rule, loads: Loads
+    index: int, fact: ParamSpec, layout: Layout, method: Rule, loads: list[int]
 ) -> Iterator[_Draft]:
     """The matrices of a parameter; of a stack those that will have one owner."""
     view, (_, cols) = fact.view, fact.stored
     if view.batch:
-        for home, first, count in divide(view, layout, cols, loads):
+        shape = view.heights[0], view.cols
+        left, right = rotated_sides(shape, fact.options)
+        work = step_cost(*shape, left=left, right=right)
+        for home, first, count in divide(view, layout, cols, (work, loads)):
             for start, size in runs(view, first, count):
                 top = start * view.heights[0] * view.cols // cols
                 share = Share(start, size, top, "stack")
@@ -357,7 +365,7 @@ class _Draft:
         lines = min(rows, cols) if self.left and self.right else rows
         if self.left and not self.right:
             lines = cols
-        if self.two_sided_reproject or self.share.kind == "stack":
+        if self.two_sided_reproject:
             lines = 1
         return Demand(self.cost, lines, self.rotation_bytes)
 
@@ -368,7 +376,7 @@ class _Draft:
         return team_route(self.view, team.ranks, team.head, **sides)
 
     def at_home(self) -> Route:
-        """The route of some of a stack that the rank of its home holds."""
+        """The route of some of a stack."""
         assert self.home is not None
         return held_route(self.view, self.home, left=self.left, right=self.right)
 

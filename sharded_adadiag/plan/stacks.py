@@ -4,7 +4,8 @@ Each matrix has one owner, so that thousands of them are a few batches on each r
 A matrix that lies whole on a rank is owned there and its gradient need not move; its
 replicas divide what they hold. That is given up if it would leave most ranks idle (few
 matrices on many ranks): then, as where no rank holds a whole matrix, any rank may own
-any of them, and they are placed like all other matrices.
+any of them. Of the ranks that may, those with the least work with stacks come first.
+Teams and owners of other matrices are chosen after that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import heapq
 from collections.abc import Iterator
 
 from sharded_adadiag.plan.blocks import cut
-from sharded_adadiag.plan.geometry import Box, Layout, Region, full
+from sharded_adadiag.plan.geometry import Box, Layout, Ranks, Region, full
 from sharded_adadiag.plan.view import MatrixView
 
 # Entries that are worked on, and moved, together.
@@ -22,31 +23,22 @@ RUN_NUMEL = 1 << 22
 MOST_AT_HOME = 2
 
 
-class Loads:
-    """How many entries of stacks each rank owns, to divide the next one fairly.
-
-    Args:
-        world_size: Number of ranks.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        self.numel = [0] * world_size
-
-
 def divide(
-    view: MatrixView, layout: Layout, cols: int, loads: Loads
-) -> Iterator[tuple[int | None, int, int]]:
+    view: MatrixView, layout: Layout, cols: int, work: tuple[int, list[int]]
+) -> Iterator[tuple[int, int, int]]:
     """Divide a stack among owners.
 
     Args:
         view: How it is seen as matrices.
         layout: Where it is stored.
         cols: Columns of the view in which the layout is given.
-        loads: What ranks own already; modified in place.
+        work: Of a matrix in a step, and of each rank with stacks so far; the latter is
+            modified in place.
 
     Yields:
-        An owner, or None for anyone, the first of its matrices and their number.
+        An owner, the first of its matrices and their number.
     """
+    each, loads = work
     count, world_size = len(view.heights), len(layout)
     numel = view.heights[0] * view.cols
     whole = {}
@@ -58,15 +50,25 @@ def divide(
         (last - first) * world_size <= MOST_AT_HOME * count * len(ranks)
         for (first, last), ranks in whole.items()
     )
-    done = 0
-    for (first, last), ranks in sorted(whole.items()) if fair else ():
-        yield from _anywhere(done, first, world_size)
-        least = heapq.nsmallest(last - first, ranks, key=lambda r: (loads.numel[r], r))
+    for first, last, ranks in _stretches(whole if fair else {}, count, world_size):
+        least = heapq.nsmallest(last - first, ranks, key=lambda r: (loads[r], r))
         for owner, (start, stop) in zip(least, _even(first, last, len(least))):
-            loads.numel[owner] += (stop - start) * numel
+            loads[owner] += (stop - start) * each
             yield owner, start, stop - start
+
+
+def _stretches(
+    whole: dict[tuple[int, int], Ranks], count: int, world_size: int
+) -> Iterator[tuple[int, int, Ranks]]:
+    """All matrices in order, some at a time, with the ranks that may own them."""
+    done = 0
+    for (first, last), ranks in sorted(whole.items()):
+        if done < first:
+            yield done, first, range(world_size)
+        yield first, last, ranks
         done = last
-    yield from _anywhere(done, count, world_size)
+    if done < count:
+        yield done, count, range(world_size)
 
 
 def runs(view: MatrixView, first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -83,13 +85,6 @@ def runs(view: MatrixView, first: int, count: int) -> Iterator[tuple[int, int]]:
     most = max(RUN_NUMEL // max(view.heights[0] * view.cols, 1), 1)
     for start, stop in _even(first, first + count, -(-count // most)):
         yield start, stop - start
-
-
-def _anywhere(
-    first: int, last: int, world_size: int
-) -> Iterator[tuple[int | None, int, int]]:
-    for start, stop in _even(first, last, min(world_size, last - first)):
-        yield None, start, stop - start
 
 
 def _even(first: int, last: int, parts: int) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ def sums_of(plan: Plan) -> list[list[int]]:
         For each round one number for each all-reduce, equal on all ranks.
     """
     known: dict[object, list[list[Asked]]] = {}
-    waits: dict[int, list[list[Asked]]] = {}
+    waits: dict[tuple[int, int], list[list[Asked]]] = {}
     for m in plan.members:
         options = plan.specs[m.index].options
         # Adam's rule waits for nothing.
@@ -38,7 +38,9 @@ def sums_of(plan: Plan) -> list[list[int]]:
     return [_of_round(some, waits) for some in plan.rounds]
 
 
-def _of_round(some: Round, waiting: Mapping[int, list[list[Asked]]]) -> list[int]:
+def _of_round(
+    some: Round, waiting: Mapping[tuple[int, int], list[list[Asked]]]
+) -> list[int]:
     """The rules of all matrices wait together, for one all-reduce of each dtype."""
     waits = [waiting.get(part.matrix.key, []) for part in some.parts]
     found: list[int] = []

@@ -22,13 +22,13 @@ from sharded_adadiag.params.exclusion import LOPSIDED
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.report import Report, report_of
-from sharded_adadiag.plan.rounds import Part, refresh_rounds
+from sharded_adadiag.plan.rounds import Round, refresh_rounds
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import make_batches
-from sharded_adadiag.step.context import Step
+from sharded_adadiag.step.context import Batches, Step
 from sharded_adadiag.step.group_options import GroupOptions
 from sharded_adadiag.step.pipeline import run_round
 from sharded_adadiag.step.plain import plain_update
@@ -182,20 +182,21 @@ class Engine:
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:
-        batches = self._batched(step.device)
-        for round_, some in zip(self.plan.rounds, batches):
-            if any(step.present[part.matrix.index] for part in round_.parts):
-                yield run_round(step, round_, some, self.failures)
+        for whose, own, batches in self._batched(step.device):
+            if any(step.present[i] for i in whose):  # the same on every rank
+                yield run_round(step, own, batches, self.failures)
 
-    def _batched(self, device: torch.device) -> list[list[list[Part]]]:
-        """The batches of each round, made once."""
+    def _batched(self, device: torch.device) -> list[tuple[list[int], Round, Batches]]:
+        """Of each round: its parameters, what is done here, the batches; made once."""
         if self._device_type != device.type:
-            self._device_type = device.type
-            self._batches = [
-                make_batches(round_, self.comm.rank, device.type)
-                for round_ in self.plan.rounds
-            ]
-        return self._batches
+            self._device_type, rank = device.type, self.comm.rank
+            self._rounds: list[tuple[list[int], Round, Batches]] = []
+            for round_ in self.plan.rounds:
+                whose = sorted({part.matrix.index for part in round_.parts})
+                own = round_.on(rank)
+                batches = make_batches(own, rank, device.type)
+                self._rounds.append((whose, own, batches))
+        return self._rounds
 
     def report(self) -> Report:
         """What every rank computes, keeps and sends."""
