@@ -70,6 +70,13 @@ def _without_old_rotate(saved: Group, live: Group) -> Group:
 
     Who could not rotate the matrices of a stack one by one did not rotate it at all:
     that it was not says nothing of a group that does.
+
+    Args:
+        saved: A saved group, or what saved ones agree in.
+        live: The live group.
+
+    Returns:
+        The options, perhaps without ``rotate``.
     """
     if live.get("batch_dims") and "batch_dims" not in saved:
         return {key: value for key, value in saved.items() if key != "rotate"}

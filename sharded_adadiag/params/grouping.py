@@ -99,8 +99,8 @@ def param_groups(
         ``[{"params": [(name, param), ...], "rotate": True},
         {"params": [(name, param), ...], "rotate": False}]``, each in the order of
         ``model.named_parameters()``; between them, if there are stacked experts,
-        ``{"params": [...], "rotate": True, "batch_dims": 1}``. A group without parameters is left out,
-        because ``torch.optim`` refuses it beside named ones.
+        ``{"params": [...], "rotate": True, "batch_dims": 1}``. A group without
+        parameters is left out, because ``torch.optim`` refuses it beside named ones.
 
     Raises:
         TypeError: If `model` is not an ``nn.Module``.
@@ -261,9 +261,8 @@ def _mark_by_name_and_shape(entries: Collection[_Entry]) -> None:
         usual = not isinstance(entry.owner, (nn.Linear, _ConvNd))
         kinds = [kind_by_name(name, names, usual=usual) for name in entry.names]
         by_module = kind_by_module(entry.owner, shape)
-        if by_module != MATRIX and not isinstance(entry.owner, _ConvNd):
-            if all(is_stack_of_experts(name, shape) for name in entry.names):
-                by_module = EXPERTS
+        if all(is_stack_of_experts(n, entry.owner, shape) for n in entry.names):
+            by_module = EXPERTS
         kinds.append(by_module)
         entry.kind = next((kind for kind in kinds if kind != MATRIX), MATRIX)
 

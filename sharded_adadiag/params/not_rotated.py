@@ -257,18 +257,22 @@ def kind_by_shape(name: str, shape: Sequence[int]) -> str:
     return _stack(shape[0])
 
 
-def is_stack_of_experts(name: str, shape: Sequence[int]) -> bool:
+def is_stack_of_experts(name: str, module: nn.Module, shape: Sequence[int]) -> bool:
     """Whether a parameter is one matrix for each of several experts.
 
     Args:
-        name: Of the parameter, which is a stack of matrices as its module tells.
+        name: Of the parameter.
+        module: Its owner.
         shape: Its logical shape.
 
     Returns:
         True for ``(experts, out, in)`` or ``(experts, in, out)``, both sides larger
-        than one, of a module or list called ``experts``.
+        than one, if the module, or one that it is in, is called ``experts``, or its
+        class has ``Experts`` in its name.
     """
-    return len(shape) == 3 and min(shape[1:]) > 1 and bool(_EXPERTS.search(name))
+    if len(shape) != 3 or min(shape[1:]) < 2 or isinstance(module, _ConvNd):
+        return False
+    return bool(_EXPERTS.search(name)) or "Experts" in type(module).__name__
 
 
 def _stack(count: int) -> str:

@@ -305,7 +305,7 @@ TABLE = {
         "head": "lm_head",
     },
     "jetmoe": {
-        "stack of 8 matrices": "input_linear output_linear",
+        "stacked experts": "input_linear output_linear",
         "router": "layer",
     },
     "kosmos2": {
@@ -402,7 +402,7 @@ TABLE = {
         "stack of 10 matrices": "conv_qk_grouped",
         "by name rotated: groups": "conv_qk_grouped",
         "router": "down_proj fc1 fc2 out_proj",
-        "stack of 16 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
     },
     "dlrm": {
         "by name rotated: unusual name": "bag",
