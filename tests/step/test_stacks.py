@@ -90,7 +90,7 @@ def test_an_expert_without_tokens_for_forty_steps_moves_as_under_adam(layout):
 
     def body(rank, layout):
         model, own = placed(layout)
-        opt = optimizer(model, "AdaDiag", **own)
+        opt = optimizer(model, "AdaDiag", distribution="owner", **own)
         rotations = []
         for start, stop in ((0, 40), (40, 44)):
             advance(model, opt, start, stop, idle)
