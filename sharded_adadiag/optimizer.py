@@ -15,7 +15,6 @@ from sharded_adadiag.binding import Binding
 from sharded_adadiag.checkpoint.hooks import FORMAT_VERSION, loading, saving
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.options import (
-    BUFFER_BYTES,
     DISTRIBUTIONS,
     OPTION_NAMES,
     Options,
@@ -25,6 +24,7 @@ from sharded_adadiag.options import (
 )
 from sharded_adadiag.params.admission import admit, warn_of_unsorted
 from sharded_adadiag.params.callers import (
+    backward_pass,
     refuse_in_backward,
     refuse_local_scaler,
 )
@@ -72,9 +72,10 @@ class RotatedOptimizer(Optimizer):
         distribution: ``"owner"`` (each matrix is computed by one rank),
             ``"broadcast"`` (all ranks compute their own blocks of every matrix), or
             ``"auto"``: each matrix has the few ranks that balance the work best.
-        buffer_bytes: Memory per rank for what is on its way in a step (default 48
-            MiB). Larger matrices travel in blocks; where they cannot, because two
-            sides or a factored rule need the whole, they take what they need.
+        buffer_bytes: Memory per rank for what is on its way in a step; None for 48
+            MiB, or 1/32 of the mean rank's state if that is more. Larger matrices
+            travel in blocks; where they cannot, because two sides or a factored rule
+            need the whole, they take what they need.
         process_group: The ranks that hold replicas of plain parameters (DDP) and
             shall share the work and the state, as ``ZeroRedundancyOptimizer`` would
             have it. DTensors need none, their mesh tells, unless they leave out
@@ -112,7 +113,7 @@ class RotatedOptimizer(Optimizer):
         state_dtype: torch.dtype | None = None,
         rotation_dtype: torch.dtype | None = None,
         distribution: Literal["auto", "owner", "broadcast"] = "auto",
-        buffer_bytes: int = BUFFER_BYTES,
+        buffer_bytes: int | None = None,
         process_group: Any = None,
         maximize: bool = False,
         exclude: str | Iterable[str] = (),
@@ -128,10 +129,10 @@ class RotatedOptimizer(Optimizer):
                 f"invalid distribution: got {distribution!r}, it must be one of "
                 + ", ".join(map(repr, DISTRIBUTIONS))
             )
-        if not is_positive_int(buffer_bytes):
+        if buffer_bytes is not None and not is_positive_int(buffer_bytes):
             raise ValueError(
                 f"invalid buffer_bytes: got {buffer_bytes!r}, "
-                "it must be an integer >= 1"
+                "it must be an integer >= 1, or None"
             )
         communicator(process_group)  # a wrong group is an error now, not later
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
@@ -143,7 +144,7 @@ class RotatedOptimizer(Optimizer):
             self,
             self.method,
             distribution,
-            int(buffer_bytes),
+            None if buffer_bytes is None else int(buffer_bytes),
             process_group,
             Exclusion(exclude),
         )
@@ -222,7 +223,8 @@ class RotatedOptimizer(Optimizer):
                 reduced (nothing has changed then), or if an owner failed; also
                 inside a backward pass.
         """
-        refuse_in_backward(self.method.name)
+        if backward_pass() != -1:
+            refuse_in_backward(self.method.name)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -313,7 +315,7 @@ class RotatedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         distribution = state.pop("_distribution", "")
-        buffer_bytes = state.pop("_buffer_bytes", BUFFER_BYTES)
+        buffer_bytes = state.pop("_buffer_bytes", None)
         patterns = Exclusion(state.pop("_exclude", ()))
         kept, skipped = state.pop("_kept", {}), state.pop("_skipped_steps", 0)
         old = self.__dict__.get("param_groups", [])

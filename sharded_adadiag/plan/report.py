@@ -251,7 +251,7 @@ def refreshes_of(plan: Plan) -> list[ExchangePlan]:
         None for bases that a rank computes from what it has in a round.
     """
     exchanges: list[ExchangePlan] = []
-    for due in refresh_rounds(plan.shared, plan.buffer_bytes):
+    for due in refresh_rounds(plan.shared, plan.budget):
         basis = [plan.specs[m.index].options.basis for m in due]
         by_gram = tuple(m.by_gram(method) for m, method in zip(due, basis))
         exchanges.extend(refresh_plans(due, by_gram, plan.world_size))

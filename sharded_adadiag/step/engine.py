@@ -44,7 +44,7 @@ class Engine:
         rule: The optimizer.
         comm: The ranks that share the parameters.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What the exchanges of a step may take on a rank.
+        buffer_bytes: What the exchanges of a step may take on a rank, or None.
 
     Attributes:
         entries: Every planned parameter; their positions never change.
@@ -52,7 +52,11 @@ class Engine:
     """
 
     def __init__(
-        self, rule: Rule, comm: Communicator, distribution: str, buffer_bytes: int
+        self,
+        rule: Rule,
+        comm: Communicator,
+        distribution: str,
+        buffer_bytes: int | None,
     ) -> None:
         self.comm = comm
         self.exchange = Exchange(comm)
@@ -178,7 +182,7 @@ class Engine:
     def _refreshes(self, step: Step) -> Iterator[Job]:
         """New bases of what no rank works on whole, before anything is updated."""
         due = [m for m in self.shared if step.refreshes(m)]
-        for group in refresh_rounds(due, self.plan.buffer_bytes):
+        for group in refresh_rounds(due, self.plan.budget):
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:

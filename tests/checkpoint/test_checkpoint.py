@@ -1,5 +1,7 @@
 """A checkpoint written under any layout goes on under any other, bit for bit."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,6 +69,7 @@ def build(layout, distribution):
     return model, opt
 
 
+@functools.cache
 def uninterrupted():
     model, opt = build("plain", "auto")
     advance(model, opt, CASES, F32, 0, AFTER)

@@ -143,7 +143,7 @@ def test_experts_of_a_family_have_bases_of_their_own(family):
         nn.init.zeros_(param)
         param.grad = torch.randn(param.shape, generator=generator)
     opt.step()
-    for _, param in groups[1]["params"]:
+    for param in opt.param_groups[1]["params"]:
         count, rows, cols = param.shape
         short, side = min((rows, "left"), (cols, "right"), key=lambda pair: pair[0])
         rotation = opt.state[param][f"rotation_{side}"]

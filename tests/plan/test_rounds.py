@@ -155,7 +155,7 @@ def test_one_process_cuts_nothing():
 def test_a_head_gets_few_whole_gradients_at_a_time():
     shapes = [(256, 256)] * 12
     matrices = planned(shapes, row_shards(shapes, 3), distribution="owner")
-    groups = refresh_rounds(matrices, 6 * 2 * 256 * 256 * 4)
+    groups = refresh_rounds(matrices, 7 * 2 * 256 * 256 * 4)
     assert sorted(m.index for group in groups for m in group) == list(range(12))
     assert len(groups) == 2
     for group in groups:

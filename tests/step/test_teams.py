@@ -85,9 +85,12 @@ def test_teams_of_one_give_the_same_bits(place):
             assert_equal(a, b, case.name)
 
 
-@pytest.mark.parametrize("sides", ["one", "two"])
-@pytest.mark.parametrize("size", [1, 2, ALL])
-@parametrize_pairs(place=[*PLACES, ("fsdp2", 1)], buffer_bytes=(1, 600, 3000))
+@parametrize_pairs(
+    place=[*PLACES, ("fsdp2", 1)],
+    buffer_bytes=(1, 600, 3000),
+    size=(1, 2, ALL),
+    sides=("one", "two"),
+)
 def test_a_small_budget_changes_rounds_and_no_numbers(place, buffer_bytes, size, sides):
     """Matrices come in blocks of a few lines, the smaller ones several in a round."""
     layout, world_size = place
@@ -98,14 +101,16 @@ def test_a_small_budget_changes_rounds_and_no_numbers(place, buffer_bytes, size,
             world_size, rounds_of, layout, HARD_CASES, torch.float64, options
         )
     check_close([weights for weights, _ in got], want)
-    if world_size > 1:
-        assert got[0][1] > 5
+    rounds = got[0][1]
+    assert world_size == 1 or len(rounds) > 1
+    cut = any(not part.whole for round_ in rounds for part in round_.parts)
+    assert cut or world_size == 1 or sides == "two" or buffer_bytes > 600
 
 
 def rounds_of(rank, layout, cases, dtype, options):
     model, extra = sharded_model(layout, cases, dtype)
     weights, opt = train(model, cases, dtype, "AdaDiag", {**options, **extra})
-    return weights, len(opt._binding._engine.plan.rounds)
+    return weights, opt._binding._engine.plan.rounds
 
 
 def floor_on_blocks(rank):
