@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,12 @@ Nonfinite = Literal["raise", "skip", "ignore"]
 Distribution = Literal["auto", "owner", "broadcast"]
 
 DTYPE_OPTIONS = frozenset({"state_dtype", "rotation_dtype"})
+# What is set per group only: an optimizer has no default of them, so a state dict has
+# them just for the groups in which they are set.
+GROUP_OPTIONS = frozenset({"rotate", "batch_dims", "split_rows"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 # What the exchanges of a step may take on each rank unless the user says otherwise.
-BUFFER_BYTES = 48 << 20
+BUFFER_BYTES = 40 << 20
 
 
 def _planned(default: Any) -> Any:
@@ -39,8 +42,9 @@ class Options:
     """What may be set per param group: all but ``distribution`` and the group.
 
     The plan is made from ``rotate``, ``sides``, ``side``, ``momentum``,
-    ``state_dtype``, ``rotation_dtype`` and ``max_rotated_dim``, which then stay as
-    they are. All others may be changed between steps.
+    ``state_dtype``, ``rotation_dtype``, ``max_rotated_dim``, ``batch_dims`` and
+    ``split_rows``, which then stay as they are. All others may be changed between
+    steps. The last two are set per group only, where they are wanted.
 
     Attributes:
         lr: Learning rate, a number or a one-element tensor.
@@ -72,6 +76,12 @@ class Options:
         momentum: AdafacDiag only: keep a first moment.
         clip_threshold: AdafacDiag and HfacDiag only: the RMS the normalised
             update is clipped to (d of Adafactor); None switches it off.
+        batch_dims: Leading dimensions that count matrices: with 1, a parameter
+            ``(E, m, n)`` is E matrices, each with a basis of its own. Parameters of
+            up to two dimensions are what they are without it.
+        split_rows: Rows of the matrices that lie one under the other in each of the
+            group's parameters (fused projections), each with a basis of its own;
+            None for one matrix. Vectors are what they are without it.
     """
 
     lr: float | Tensor = 1e-3
@@ -92,12 +102,16 @@ class Options:
     rotate: bool = _planned(True)
     momentum: bool = _planned(True)
     clip_threshold: float | None = _steering(1.0)
+    batch_dims: int = _planned(0)
+    split_rows: Sequence[int] | None = _planned(None)
 
     def __post_init__(self) -> None:
         for name, (test, rule) in _RULES.items():
             value = getattr(self, name)
             if not test(value):
                 raise ValueError(f"invalid {name}: got {value!r}, {rule}")
+        if self.split_rows is not None:  # it is compared, and a key of caches
+            object.__setattr__(self, "split_rows", tuple(self.split_rows))
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Options:
@@ -170,6 +184,16 @@ def is_positive_int(value: object) -> bool:
     return _is_number(value, 1.0) and isinstance(value, numbers.Integral)
 
 
+def _is_count(value: object) -> bool:
+    return _is_number(value, 0.0) and isinstance(value, numbers.Integral)
+
+
+def _are_row_counts(value: object) -> bool:
+    if not isinstance(value, (tuple, list)):
+        return value is None
+    return len(value) > 0 and all(is_positive_int(rows) for rows in value)
+
+
 def _one_of(*allowed: object) -> tuple[Callable[[Any], bool], str]:
     rule = "it must be one of " + ", ".join(repr(a) for a in allowed)
     return (lambda value: any(value is a or value == a for a in allowed)), rule
@@ -202,6 +226,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_threshold": (
         lambda v: v is None or _is_number(v, 0.0, strict=True),
         "it must be a number > 0, or None to switch clipping off",
+    ),
+    "batch_dims": (_is_count, "it must be an integer >= 0"),
+    "split_rows": (
+        _are_row_counts,
+        "it must be a list of integers >= 1, or None for one matrix",
     ),
 }
 _FIELDS = dataclasses.fields(Options)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from sharded_adadiag.algorithm.adafactor import adafactor
 from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
-from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.sums import Sums, each
 from sharded_adadiag.options import Options
 
@@ -137,22 +135,3 @@ def rotated_sides(shape: tuple[int, int], options: Options) -> tuple[bool, bool]
         right = not left
     dim = max(rows if left else 0, cols if right else 0)
     return (left, right) if dim <= options.max_rotated_dim else (False, False)
-
-
-def needs_matrix(method: Rule, shape: Sequence[int], options: Options) -> bool:
-    """Whether a parameter must be seen as a whole matrix.
-
-    Args:
-        method: The optimizer.
-        shape: The parameter's logical shape.
-        options: Its group's.
-
-    Returns:
-        False for parameters that get plain Adam where they lie: vectors, groups
-        with ``rotate=False``, matrices over ``max_rotated_dim``, and base Adam.
-    """
-    if len(shape) < 2 or math.prod(shape) == 0 or not options.rotate:
-        return False
-    if options.sides == "none":
-        return method.factored
-    return any(rotated_sides(matrix_shape(shape), options))

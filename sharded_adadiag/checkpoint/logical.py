@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from sharded_adadiag.comm.collectives import Communicator, ProcessGroup
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Box, Layout
+from sharded_adadiag.plan.geometry import Box, Layout, cut_rows, entries_above
 
 # Bytes of full state tensors moved at once: bounds the memory of saving.
 CHUNK_BYTES = 1 << 28
@@ -24,31 +25,48 @@ CHUNK_BYTES = 1 << 28
 class StateTensor:
     """One state tensor and where its entries are.
 
+    It is seen as a matrix, and this as blocks of rows, of which each lies on the ranks
+    in its own way: one block, or one for each of several matrices.
+
     Attributes:
         name: Of the parameter.
         key: Of the state.
         shape: The logical shape in the saved form.
-        rows: Of the matrix view in which the regions are given.
-        cols: Of that view.
-        layout: The region of each rank.
+        cols: Of the matrix view in which the regions are given.
+        blocks: Of each block of rows their number and the region of each rank.
         dtype: Of the tensor.
         saved: The region of each rank in the saved form; None is an even share of
-            the rows.
+            the first dimension.
     """
 
     name: str
     key: str
     shape: tuple[int, ...]
-    rows: int
     cols: int
-    layout: Layout
+    blocks: tuple[tuple[int, Layout], ...]
     dtype: torch.dtype
     saved: Layout | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix view."""
+        return sum(rows for rows, _ in self.blocks)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the full tensor."""
         return self.rows * self.cols * self.dtype.itemsize
+
+    def is_everywhere(self) -> bool:
+        """Whether every rank holds all of it."""
+        return all(layout.is_everywhere() for _, layout in self.blocks)
+
+    def saved_on(self, world_size: int) -> Layout:
+        """The region of each rank in the saved form."""
+        if self.saved is not None:
+            return self.saved
+        length = self.shape[0] if self.shape else 1
+        return row_chunks(length, math.prod(self.shape[1:]), self.cols, world_size)
 
 
 class LogicalState:
@@ -66,13 +84,13 @@ class LogicalState:
         self._mesh: DeviceMesh | None = None
 
     def save(
-        self, tensors: Sequence[StateTensor], local: Sequence[Tensor]
+        self, tensors: Sequence[StateTensor], local: Sequence[Sequence[Tensor]]
     ) -> list[Tensor]:
         """The saved form of state tensors; a collective.
 
         Args:
             tensors: What they are.
-            local: This rank's entries of each, in the shape of its region.
+            local: This rank's entries of each block of each.
 
         Returns:
             DTensors sharded by rows, or plain full tensors on a single process. As in
@@ -82,13 +100,13 @@ class LogicalState:
         return [self._wrap(tensor, rows) for tensor, rows in zip(tensors, pieces)]
 
     def save_pieces(
-        self, tensors: Sequence[StateTensor], local: Sequence[Tensor]
+        self, tensors: Sequence[StateTensor], local: Sequence[Sequence[Tensor]]
     ) -> list[Tensor]:
         """This rank's part of the saved form; a collective.
 
         Args:
             tensors: What they are.
-            local: This rank's entries of each, in the shape of its region.
+            local: This rank's entries of each block of each.
 
         Returns:
             Tensors in the shape of this rank's region of the saved form.
@@ -96,14 +114,20 @@ class LogicalState:
         saved: list[Tensor] = []
         for some in _chunks(tensors):
             pieces = [
-                local[i].reshape(tensors[i].layout[self.comm.rank].shape) for i in some
+                piece.reshape(layout[self.comm.rank].shape)
+                for i in some
+                for (_, layout), piece in zip(tensors[i].blocks, local[i], strict=True)
             ]
-            saved.extend(self._move([tensors[i] for i in some], pieces, back=False))
+            moved = self._move([tensors[i] for i in some], pieces, back=False)
+            # Blocks lie one under the other, and so do a rank's shares of them.
+            for each in moved:
+                held = [piece for piece in each if piece.numel()]
+                saved.append(torch.cat(held) if len(held) > 1 else [*held, *each][0])
         return saved
 
     def load_pieces(
         self, tensors: Sequence[StateTensor], saved: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> list[list[Tensor]]:
         """The way back from `save_pieces`; a collective.
 
         Args:
@@ -111,22 +135,21 @@ class LogicalState:
             saved: This rank's part of the saved form of each.
 
         Returns:
-            Tensors in the shape of this rank's regions, of the wanted dtype; one that
-            did not move may be the one given.
+            Of each a tensor for each block, in the shape of this rank's region and of
+            the wanted dtype; one that did not move may be the one given.
         """
-        local: list[Tensor] = []
+        local: list[list[Tensor]] = []
         for some in _chunks(tensors):
-            pieces = []
+            pieces: list[Tensor] = []
             for i in some:
-                region = self._saved(tensors[i])[self.comm.rank]
                 piece = saved[i].to(self.device, tensors[i].dtype)
-                pieces.append(piece.reshape(region.shape))
+                pieces.extend(self._by_block(tensors[i], piece))
             local.extend(self._move([tensors[i] for i in some], pieces, back=True))
         return local
 
     def load(
         self, tensors: Sequence[StateTensor], saved: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> list[list[Tensor]]:
         """This rank's entries of saved state tensors; a collective.
 
         Args:
@@ -134,7 +157,8 @@ class LogicalState:
             saved: The saved form of each: a full tensor, or a DTensor of any placement.
 
         Returns:
-            New tensors in the shape of this rank's regions, of the wanted dtype.
+            Of each a new tensor for each block, in the shape of this rank's region and
+            of the wanted dtype.
 
         Raises:
             ValueError: If a shape is wrong; it names the parameter and both shapes.
@@ -146,14 +170,20 @@ class LogicalState:
                     f"{tuple(value.shape)}, expected {tensor.shape}; load a state "
                     "that was saved for the same parameter"
                 )
-        local: list[Tensor] = []
+        local: list[list[Tensor]] = []
         for some in _chunks(tensors):
-            rows = [self._rows(tensors[i], saved[i]) for i in some]
+            rows = [
+                piece
+                for i in some
+                for piece in self._by_block(
+                    tensors[i], self._rows(tensors[i], saved[i])
+                )
+            ]
             moved = self._move([tensors[i] for i in some], rows, back=True)
             # A piece that did not move may still be the caller's memory.
             local.extend(
-                piece.clone() if _shares(piece, saved[i]) else piece
-                for i, piece in zip(some, moved)
+                [p.clone() if _shares(p, saved[i]) else p for p in each]
+                for i, each in zip(some, moved)
             )
         return local
 
@@ -172,19 +202,36 @@ class LogicalState:
 
     def _move(
         self, tensors: Sequence[StateTensor], pieces: Sequence[Tensor], *, back: bool
-    ) -> list[Tensor]:
-        """Between the regions of the plan and row chunks."""
-        hops = []
+    ) -> list[list[Tensor]]:
+        """Between the regions of the plan and those of the saved form, by block."""
+        hops, dtypes = [], []
         for t in tensors:
-            ends = t.layout, self._saved(t)
-            source, target = reversed(ends) if back else ends
-            hops.append(Move(t.cols, source, target, t.dtype.itemsize))
+            for (_, layout), (_, saved) in zip(t.blocks, self._saved_blocks(t)):
+                source, target = (saved, layout) if back else (layout, saved)
+                hops.append(Move(t.cols, source, target, t.dtype.itemsize))
+                dtypes.append(t.dtype)
         plan = ExchangePlan(self.comm.size, tuple(hops))
-        dtypes = [t.dtype for t in tensors]
-        return self.exchange.run(plan, pieces, dtypes, dtypes, device=self.device)[0]
+        moved, _ = self.exchange.run(plan, pieces, dtypes, dtypes, device=self.device)
+        each = iter(moved)
+        return [[next(each) for _ in t.blocks] for t in tensors]
 
-    def _saved(self, tensor: StateTensor) -> Layout:
-        return tensor.saved or row_chunks(tensor.rows, tensor.cols, self.comm.size)
+    def _saved_blocks(self, tensor: StateTensor) -> Iterator[tuple[int, Layout]]:
+        """The first row of each block, and where the block lies in the saved form."""
+        saved, top = tensor.saved_on(self.comm.size), 0
+        for rows, _ in tensor.blocks:
+            whole = len(tensor.blocks) == 1
+            cut = saved if whole else cut_rows(saved, top, top + rows, tensor.cols)
+            yield top, cut
+            top += rows
+
+    def _by_block(self, tensor: StateTensor, piece: Tensor) -> Iterator[Tensor]:
+        """This rank's part of the saved form, cut into its shares of the blocks."""
+        held = tensor.saved_on(self.comm.size)[self.comm.rank]
+        flat = piece.reshape(-1)
+        for top, cut in self._saved_blocks(tensor):
+            region = cut[self.comm.rank]
+            start = entries_above(held, top, tensor.cols)
+            yield flat[start : start + region.numel].view(region.shape)
 
     def _wrap(self, tensor: StateTensor, rows: Tensor) -> Tensor:
         if self.comm.size == 1:
@@ -201,7 +248,7 @@ class LogicalState:
 
     def _rows(self, tensor: StateTensor, value: Tensor) -> Tensor:
         """This rank's row chunk of a saved tensor."""
-        chunk = row_chunks(tensor.rows, tensor.cols, self.comm.size)[self.comm.rank]
+        chunk = tensor.saved_on(self.comm.size)[self.comm.rank]
         assert isinstance(chunk, Box)
         if isinstance(value, DTensor):
             if self.comm.size > 1 and self._is_ours(value):
@@ -226,10 +273,21 @@ class LogicalState:
         return self._mesh
 
 
-def row_chunks(rows: int, cols: int, world_size: int) -> Layout:
-    """The rows of each rank under ``Shard(0)``: ``torch.chunk``'s."""
-    size = -(-rows // world_size)
-    edges = [min(size * i, rows) for i in range(world_size + 1)]
+def row_chunks(length: int, inner: int, cols: int, world_size: int) -> Layout:
+    """What each rank has under ``Shard(0)``: a chunk as ``torch.chunk`` makes them.
+
+    Args:
+        length: Of the first dimension.
+        inner: Product of the other dimensions.
+        cols: Columns of the matrix view, which divide ``inner``.
+        world_size: Number of ranks.
+
+    Returns:
+        Boxes of whole rows of the view.
+    """
+    size = -(-length // world_size)
+    rows = inner // cols if cols else 0
+    edges = [rows * min(size * i, length) for i in range(world_size + 1)]
     return Layout.of(Box(a, b, 0, cols) for a, b in zip(edges, edges[1:]))
 
 

@@ -48,7 +48,8 @@ def match_groups(
             if not found:
                 sources = [g for g in saved[place : place + 1] if not g["params"]]
             keys = [key for key, _ in found]
-            own = {**_agreed(place, sources), "params": keys, "param_names": names}
+            agreed = _without_old_rotate(_agreed(place, sources), group)
+            own = {**agreed, "params": keys, "param_names": names}
             matched.append({**_options(group), **own})
         return matched
     if len(saved) != len(live):
@@ -57,11 +58,29 @@ def match_groups(
 
 
 def _by_position(saved: Group, live: Group) -> Group:
-    matched = {**_options(live), **saved}
+    matched = {**_options(live), **_without_old_rotate(saved, live)}
     if "param_names" in saved and _are_text(saved["params"]):
         # Those that were saved may be in another order.
         matched["param_names"] = live.get("param_names", list(saved["params"]))
     return matched
+
+
+def _without_old_rotate(saved: Group, live: Group) -> Group:
+    """The options of a saved group that count for a live one.
+
+    Who could not rotate the matrices of a stack one by one did not rotate it at all:
+    that it was not says nothing of a group that does.
+
+    Args:
+        saved: A saved group, or what saved ones agree in.
+        live: The live group.
+
+    Returns:
+        The options, perhaps without ``rotate``.
+    """
+    if live.get("batch_dims") and "batch_dims" not in saved:
+        return {key: value for key, value in saved.items() if key != "rotate"}
+    return saved
 
 
 def _spread(saved: list[Group], states: Container[Any]) -> list[Group]:

@@ -10,17 +10,12 @@ from typing import Any
 
 import torch
 
-from sharded_adadiag.algorithm.matrixize import matrix_shape
-from sharded_adadiag.checkpoint.logical import (
-    LogicalState,
-    StateTensor,
-    as_column,
-    vector_layout,
-)
+from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
+from sharded_adadiag.checkpoint.matrix_states import live_blocks, saved_tensors
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.local import is_distributed, local
-from sharded_adadiag.plan.geometry import Layout, on_team
+from sharded_adadiag.plan.geometry import FlatRange
 from sharded_adadiag.plan.matrices import MatrixPlan
 
 
@@ -41,7 +36,9 @@ class SavedState:
     ) -> None:
         self.entries = entries
         self.logical = LogicalState(comm, device_of(entries))
-        self.matrices = {matrix.index: matrix for matrix in matrices}
+        self.matrices: dict[int, list[MatrixPlan]] = {}
+        for matrix in matrices:
+            self.matrices.setdefault(matrix.index, []).append(matrix)
         # What has left the param groups is no part of the saved form.
         self.members = [i for i, entry in enumerate(entries) if entry.member]
 
@@ -53,13 +50,16 @@ class SavedState:
             state = self.entries[i].state()
             saved[i] = {"step": state["step"]}
             for tensor in self._tensors(i):
-                value = state[tensor.key]
-                saved[i][tensor.key] = value
-                # What is a DTensor or whole on every rank is logical as it is.
-                whole = tensor.nbytes == 0 or tensor.layout.is_everywhere()
-                if i in self.matrices or not (is_distributed(value) or whole):
+                if i in self.matrices:
+                    saved[i][tensor.key] = None  # in this order
                     moving.append((i, tensor))
-        pieces = [self.entries[i].state()[t.key] for i, t in moving]
+                    continue
+                value = saved[i][tensor.key] = state[tensor.key]
+                # What is a DTensor or whole on every rank is logical as it is.
+                whole = tensor.nbytes == 0 or tensor.is_everywhere()
+                if not (is_distributed(value) or whole):
+                    moving.append((i, tensor))
+        pieces = [self._live(i, t.key) for i, t in moving]
         values = self.logical.save([t for _, t in moving], pieces)
         for (i, tensor), value in zip(moving, values):
             saved[i][tensor.key] = value
@@ -90,9 +90,7 @@ class SavedState:
                 step.fill_(float(values["step"]))
         tensors = [t for _, t in wanted]
         pieces = self.logical.load(tensors, [saved[i][t.key] for i, t in wanted])
-        for (i, tensor), piece in zip(wanted, pieces):
-            live = local(self.entries[i].state()[tensor.key])
-            live.copy_(piece.view(live.shape))
+        self._take(wanted, pieces)
 
     def save_pieces(self) -> dict[int, dict[str, torch.Tensor]]:
         """This rank's part of every state; a collective.
@@ -106,7 +104,7 @@ class SavedState:
             for i in self.members
             for tensor in self._tensors(i)
         ]
-        live = [local(self.entries[i].state()[t.key]) for i, t in tensors]
+        live = [self._live(i, t.key) for i, t in tensors]
         pieces = self.logical.save_pieces([t for _, t in tensors], live)
         saved: dict[int, dict[str, torch.Tensor]] = {}
         for (i, tensor), piece in zip(tensors, pieces):
@@ -131,17 +129,41 @@ class SavedState:
         pieces = self.logical.load_pieces(
             [t for _, t in wanted], [saved[i][t.key] for i, t in wanted]
         )
-        for (i, tensor), piece in zip(wanted, pieces):
-            live = local(self.entries[i].state()[tensor.key])
-            live.copy_(piece.view(live.shape))
+        self._take(wanted, pieces)
+
+    def keys(self, i: int) -> set[str]:
+        """What the saved form has of a parameter, besides the step count."""
+        return {tensor.key for tensor in self._tensors(i)}
+
+    def _take(
+        self,
+        wanted: Sequence[tuple[int, StateTensor]],
+        pieces: Sequence[Sequence[torch.Tensor]],
+    ) -> None:
+        """Copy what was loaded, block by block, into the live states."""
+        for (i, tensor), blocks in zip(wanted, pieces):
+            for live, piece in zip(self._live(i, tensor.key), blocks, strict=True):
+                live.copy_(piece.view(live.shape))
+
+    def _live(self, i: int, key: str) -> list[torch.Tensor]:
+        """This rank's tensors of a saved tensor's blocks; views of the live state."""
+        state = self.entries[i].state()
+        plans = self.matrices.get(i)
+        if plans is None:
+            return [local(state[key])]
+        return live_blocks(plans, state, key, self.logical.comm.rank)
 
     def _in_place(self, i: int, tensor: StateTensor) -> StateTensor:
         """With the parameter's own regions for its saved form, if it has its shape."""
         entry = self.entries[i]
         if tensor.shape != entry.spec.shape:
             return tensor
-        layout = entry.layout if i in self.matrices else tensor.layout
-        return dataclasses.replace(tensor, saved=layout)
+        if i not in self.matrices:
+            ((_, layout),) = tensor.blocks
+            return dataclasses.replace(tensor, saved=layout)
+        cols = entry.spec.stored[1]
+        assert tensor.cols == cols or isinstance(entry.region, FlatRange)
+        return dataclasses.replace(tensor, saved=entry.layout)
 
     def _accepted(
         self, i: int, values: dict[str, Any], *, bases: str = "saved"
@@ -167,50 +189,18 @@ class SavedState:
         """Everything kept for a parameter, but for its step count."""
         entry = self.entries[i]
         if i in self.matrices:
-            yield from self._matrix_tensors(self.matrices[i])
+            plans, size = self.matrices[i], self.logical.comm.size
+            yield from saved_tensors(entry.spec, plans, size)
             return
         shape = entry.spec.shape
-        rows, cols = matrix_shape(shape)
+        rows, cols = entry.spec.stored
         layout = entry.layout
         if len(shape) < 2:
             rows, cols, layout = math.prod(shape), 1, as_column(layout)
         for key, value in entry.state().items():
             if key != "step":
-                yield StateTensor(
-                    entry.spec.name, key, shape, rows, cols, layout, value.dtype
-                )
-
-    def _matrix_tensors(self, m: MatrixPlan) -> Iterator[StateTensor]:
-        shape = self.entries[m.index].spec.shape
-        moments = m.route.moments.layout
-        rows, cols = m.view.rows, m.view.cols
-        for key, dims in m.moments.items():
-            if dims == ("m", "n"):
-                yield self._tensor(m, key, shape, (rows, cols), moments)
-            else:
-                of_rows = dims == ("m",)
-                length = rows if of_rows else cols
-                layout = vector_layout(moments, of_rows=of_rows)
-                yield self._tensor(m, key, (length,), (length, 1), layout)
-        for key, wanted, k in (
-            ("rotation_left", m.left, rows),
-            ("rotation_right", m.right, cols),
-        ):
-            if wanted:
-                layout = on_team(m.route.team, k, k, self.logical.comm.size)
-                yield self._tensor(m, key, (k, k), (k, k), layout)
-
-    def _tensor(
-        self,
-        m: MatrixPlan,
-        key: str,
-        shape: tuple[int, ...],
-        view: tuple[int, int],
-        layout: Layout,
-    ) -> StateTensor:
-        rotation = key.startswith("rotation")
-        dtype: torch.dtype = m.rotation_dtype if rotation else m.moment_dtype
-        return StateTensor(m.view.name, key, shape, *view, layout, dtype)
+                blocks, name = ((rows, layout),), entry.spec.name
+                yield StateTensor(name, key, shape, cols, blocks, value.dtype)
 
 
 def _is_empty(value: Any) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.state import Rule, rotated_sides
-from sharded_adadiag.options import OPTION_NAMES, Options, as_number
+from sharded_adadiag.options import GROUP_OPTIONS, OPTION_NAMES, Options, as_number
 from sharded_adadiag.params.local import logical_shape
+from sharded_adadiag.plan.view import MatrixView
 
 _LOGGER = logging.getLogger("sharded_adadiag")
 
@@ -53,7 +53,7 @@ def admit(
     for key in OPTION_NAMES:
         if key in group:
             group[key] = as_number(group[key])
-    known = {*options, "rotate"}
+    known = {*options, *GROUP_OPTIONS}
     new = set(group) - known - _OTHER_KEYS - told
     told |= new
     if new and os.environ.get("RANK", "0") == "0":
@@ -97,5 +97,9 @@ def _is_rotated(param: Tensor, group: dict[str, Any]) -> bool:
         shape = logical_shape(param)
     except NotImplementedError:  # it is refused by the first step
         return False
-    view = matrix_shape(shape)
-    return min(view) > 1 and any(rotated_sides(view, Options.from_group(group)))
+    options = Options.from_group(group)
+    view = MatrixView.with_options(shape, options)
+    return any(
+        min(height, view.cols) > 1 and any(rotated_sides((height, view.cols), options))
+        for height in set(view.heights)
+    )

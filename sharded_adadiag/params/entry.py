@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_adadiag.params.local import Piece
 from sharded_adadiag.plan.geometry import Layout, Region
-from sharded_adadiag.plan.matrices import ParamSpec
+from sharded_adadiag.plan.spec import ParamSpec
 
 
 @dataclasses.dataclass(slots=True, eq=False)

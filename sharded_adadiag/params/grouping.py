@@ -23,9 +23,11 @@ from sharded_adadiag.params.fsdp1 import remember
 from sharded_adadiag.params.fsdp2 import refuse_unsharded
 from sharded_adadiag.params.local import logical_shape
 from sharded_adadiag.params.not_rotated import (
+    EXPERTS,
     HEAD,
     MATRIX,
     TYPES,
+    is_stack_of_experts,
     kind_by_module,
     kind_by_name,
 )
@@ -36,6 +38,13 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Child names under which FSDP1, torch.compile and checkpoint_wrapper keep the
 # wrapped module; they are no part of a parameter's name.
 _WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+# The options of the groups.
+_GROUPS: tuple[dict[str, Any], ...] = (
+    {"rotate": True},
+    {"rotate": True, "batch_dims": 1},
+    {"rotate": False},
+)
 
 Ancestors = tuple[nn.Module, ...]
 
@@ -60,9 +69,10 @@ def param_groups(
     are 1-D parameters, those of embeddings and norms, the output head, and what only
     looks like a matrix: biases of experts, routers, position tables, decays,
     depthwise convolutions, directions of a weight norm (`not_rotated.py` has the
-    list). A parameter tied to an embedding is an embedding. Of other parameters of
-    three and more dimensions, such as stacked experts ``(E, out, in)``, none is
-    rotated: one rotation of all would mix them.
+    list). A parameter tied to an embedding is an embedding. Stacked experts
+    ``(E, out, in)`` are rotated matrix by matrix, in a group of their own with
+    ``batch_dims=1``. Of other parameters of three and more dimensions none is rotated:
+    one rotation of all would mix them.
 
     The head is what Hugging Face's ``get_output_embeddings()`` returns. A model
     without it has its last ``nn.Linear`` for a head, unless that lies in a
@@ -88,8 +98,9 @@ def param_groups(
     Returns:
         ``[{"params": [(name, param), ...], "rotate": True},
         {"params": [(name, param), ...], "rotate": False}]``, each in the order of
-        ``model.named_parameters()``. A group without parameters is left out,
-        because ``torch.optim`` refuses it beside named ones.
+        ``model.named_parameters()``; between them, if there are stacked experts,
+        ``{"params": [...], "rotate": True, "batch_dims": 1}``. A group without
+        parameters is left out, because ``torch.optim`` refuses it beside named ones.
 
     Raises:
         TypeError: If `model` is not an ``nn.Module``.
@@ -120,15 +131,20 @@ def param_groups(
     if os.environ.get("RANK", "0") == "0":
         _LOGGER.info("%s", _report(list(entries.values()), list(heads)))
     groups = []
-    for rotate in (True, False):
+    for options in _GROUPS:
         params = [
             (entry.names[0], entry.param)
             for entry in entries.values()
-            if (entry.kind == MATRIX) is rotate
+            if _group_of(entry.kind) is options
         ]
         if params:
-            groups.append({"params": params, "rotate": rotate})
+            groups.append({"params": params, **options})
     return groups
+
+
+def _group_of(kind: str) -> dict[str, Any]:
+    matrices, experts, others = _GROUPS
+    return {MATRIX: matrices, EXPERTS: experts}.get(kind, others)
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -244,7 +260,10 @@ def _mark_by_name_and_shape(entries: Collection[_Entry]) -> None:
             continue
         usual = not isinstance(entry.owner, (nn.Linear, _ConvNd))
         kinds = [kind_by_name(name, names, usual=usual) for name in entry.names]
-        kinds.append(kind_by_module(entry.owner, shape))
+        by_module = kind_by_module(entry.owner, shape)
+        if all(is_stack_of_experts(n, entry.owner, shape) for n in entry.names):
+            by_module = EXPERTS
+        kinds.append(by_module)
         entry.kind = next((kind for kind in kinds if kind != MATRIX), MATRIX)
 
 
@@ -256,7 +275,7 @@ def _mark_excluded(entries: dict[int, _Entry], pattern: str) -> bool:
         if any(fnmatch.fnmatchcase(name, pattern) for name in entry.names)
     ]
     for entry in matched:
-        if entry.kind == MATRIX:
+        if entry.kind in {MATRIX, EXPERTS}:
             entry.kind = "excluded"
     return bool(matched)
 
@@ -279,15 +298,15 @@ def _report(entries: list[_Entry], heads: list[str]) -> str:
         rows.setdefault((entry.kind, name, shape), []).append(entry)
     lines = []
     for rotate in (True, False):
-        group = [e for e in entries if (e.kind == MATRIX) is rotate]
+        group = [e for e in entries if _group_of(e.kind)["rotate"] is rotate]
         numel = _numel(group)
         title = "rotated" if rotate else "not rotated"
         lines.append(f"{title}: {len(group)} parameters, {numel:,} elements")
         for (kind, name, shape), alike in rows.items():
-            if (kind == MATRIX) is not rotate:
+            if _group_of(kind)["rotate"] is not rotate:
                 continue
             name = alike[0].names[0] if len(alike) == 1 else f"{name} x{len(alike)}"
-            reason = "" if rotate else f", {kind}"
+            reason = "" if kind == MATRIX else f", {kind}"
             if kind.startswith("stack"):
                 reason += ", not rotated"
             lines.append(f"  {name} ({shape}{reason})")

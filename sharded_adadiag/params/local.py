@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 from sharded_adadiag.params.fsdp1 import remembered
 from sharded_adadiag.plan.geometry import Box, Region, full
+from sharded_adadiag.plan.view import MatrixView
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,9 +34,10 @@ class Holding:
 
     Attributes:
         shape: The logical shape of the parameter.
-        rows: Of its matrix view (dimension 0).
-        cols: Of its matrix view (all other dimensions).
-        region: The part of the matrix view that is held here.
+        rows: Of the view in which the region is given (`MatrixView.stored`, or for a
+            stack cut along its last dimensions one with the rows of all matrices).
+        cols: Of that view.
+        region: The part of the view that is held here.
     """
 
     shape: tuple[int, ...]
@@ -94,12 +97,13 @@ def piece(
 
     Raises:
         NotImplementedError: For a layout that is not one box of the matrix view.
+        ValueError: If its group's ``batch_dims`` or ``split_rows`` do not suit it.
     """
     return Piece(
         name=name,
         dtype=param.dtype,
         grad_dtype=gradient_dtype(param),
-        holding=holding(param, name),
+        holding=holding(param, name, group),
         group=group,
         rotate=rotate,
         find_param=lambda: local(param),
@@ -152,35 +156,47 @@ def logical_shape(param: Tensor, name: str = "parameter") -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-def view_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a parameter's matrix view; a vector is one row.
+def view_in(group: Mapping[str, Any], shape: tuple[int, ...], name: str) -> MatrixView:
+    """How a parameter is seen as matrices.
 
     Args:
+        group: Its param group.
         shape: Its logical shape.
+        name: For messages.
 
     Returns:
-        The first dimension, and all others.
+        The view.
+
+    Raises:
+        ValueError: If the group's ``batch_dims`` or ``split_rows`` do not suit it.
     """
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
+    asked = group.get("batch_dims", 0), group.get("split_rows")
+    try:
+        return MatrixView.of(shape, *asked)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
-def holding(param: Tensor, name: str) -> Holding:
+def holding(
+    param: Tensor, name: str, group: Mapping[str, Any] = MappingProxyType({})
+) -> Holding:
     """Where this rank's entries of a parameter are in its matrix view.
 
     Args:
         param: A plain tensor or a DTensor.
         name: For messages.
+        group: Its param group.
 
     Returns:
         The holding.
 
     Raises:
         NotImplementedError: For a layout that is not one box of the matrix view.
+        ValueError: If the group's ``batch_dims`` or ``split_rows`` do not suit it.
     """
     shape = logical_shape(param, name)
-    rows, cols = view_shape(shape)
+    view = view_in(group, shape, name)
+    rows, cols = view.stored
     flat = remembered(param, name)
     if flat is not None:
         return Holding(shape, rows, cols, flat[1])
@@ -201,33 +217,41 @@ def holding(param: Tensor, name: str) -> Holding:
             f"{name}: placements {param.placements} give each rank no single box "
             f"(expected a local shape {tuple(local_shape)}, got {own_shape})"
         )
-    return Holding(shape, rows, cols, _box(shape, local_shape, offset, name))
+    if len(shape) < 2:
+        start = offset[0] if offset else 0
+        box = Box(0, 1, start, start + math.prod(local_shape))
+        return Holding(shape, rows, cols, box)
+    # In the view of a stack each matrix is a row. If columns of matrices are cut, the
+    # rows of all matrices must be its rows, on every rank.
+    lead = max(len(view.batch), 1)
+    cut = [getattr(placement, "dim", 0) for placement in param.placements]
+    if view.batch and max(cut) > lead:
+        lead += 1
+        rows, cols = view.rows, view.cols
+    return Holding(shape, rows, cols, _box(shape, local_shape, offset, lead, name))
 
 
 def _box(
     shape: tuple[int, ...],
-    local_shape: Iterable[int],
-    offset: Iterable[int],
+    sizes: tuple[int, ...],
+    starts: tuple[int, ...],
+    lead: int,
     name: str,
 ) -> Box:
-    """A box of a tensor as a box of its matrix view."""
-    sizes, starts = list(local_shape), list(offset)
-    if len(shape) < 2:
-        start = starts[0] if starts else 0
-        return Box(0, 1, start, start + math.prod(sizes))
-    if sizes[2:] != list(shape[2:]):
-        raise NotImplementedError(
-            f"{name}: a tensor of shape {shape} is sharded along dimension 2 or "
-            "later; shard dimension 0 or 1, so that each rank holds a box of its "
-            "matrix view"
-        )
-    inner = math.prod(shape[2:])
-    return Box(
-        starts[0],
-        starts[0] + sizes[0],
-        starts[1] * inner,
-        (starts[1] + sizes[1]) * inner,
-    )
+    """A box of a tensor as a box of a view whose rows are its leading dimensions."""
+    edges = []
+    for dims in (range(lead), range(lead, len(shape))):
+        first, *rest = dims
+        inner = math.prod(shape[i] for i in rest)
+        if math.prod(sizes) and any(sizes[i] != shape[i] for i in rest):
+            raise NotImplementedError(
+                f"{name}: a tensor of shape {shape} is sharded along dimension "
+                f"{next(i for i in rest if sizes[i] != shape[i])}, which gives no box "
+                f"of its view as {math.prod(shape[:lead])} x "
+                f"{math.prod(shape[lead:])}; shard dimension 0 or {lead} only"
+            )
+        edges += [starts[first] * inner, (starts[first] + sizes[first]) * inner]
+    return Box(*edges)
 
 
 def find_group(

@@ -23,6 +23,7 @@ POSITIONS = "position table"
 TOKENS = "learned token"
 ROUTER = "router"
 STACK = "stack of matrices"
+EXPERTS = "stacked experts"
 DEPTHWISE = "depthwise convolution"
 DIRECTION = "direction of a weight norm"
 
@@ -187,6 +188,8 @@ USUAL_NAMES = (
     Named(_whole("output.weight"), HEAD, "torchtitan's llama"),
 )
 
+# Which stacks are rotated, each matrix by itself.
+_EXPERTS = re.compile(_under("experts"))
 _GATE = re.compile(r"(?:^|\.)gate\.")
 _CONVOLUTION = re.compile(r"conv[^.]*\.", re.IGNORECASE)
 # What peft puts between a module's name and that of its weight.
@@ -252,6 +255,24 @@ def kind_by_shape(name: str, shape: Sequence[int]) -> str:
     if len(shape) > 3 or _CONVOLUTION.search(name):
         return DEPTHWISE if shape[1] == 1 else MATRIX
     return _stack(shape[0])
+
+
+def is_stack_of_experts(name: str, module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a parameter is one matrix for each of several experts.
+
+    Args:
+        name: Of the parameter.
+        module: Its owner.
+        shape: Its logical shape.
+
+    Returns:
+        True for ``(experts, out, in)`` or ``(experts, in, out)``, both sides larger
+        than one, if the module, or one that it is in, is called ``experts``, or its
+        class has ``Experts`` in its name.
+    """
+    if len(shape) != 3 or min(shape[1:]) < 2 or isinstance(module, _ConvNd):
+        return False
+    return bool(_EXPERTS.search(name)) or "Experts" in type(module).__name__
 
 
 def _stack(count: int) -> str:

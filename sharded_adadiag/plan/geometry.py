@@ -310,6 +310,52 @@ def _boxes_of(flat: FlatRange, box: Box, cols: int) -> tuple[Box, ...]:
     return tuple(part for part in inside if part is not None)
 
 
+@functools.lru_cache(maxsize=1024)
+def cut_rows(layout: Layout, top: int, bottom: int, cols: int) -> Layout:
+    """What a layout is of some of the rows of its matrix.
+
+    Args:
+        layout: Of the whole matrix.
+        top: The first row.
+        bottom: The first row behind them.
+        cols: Columns of the matrix.
+
+    Returns:
+        The layout of the matrix that these rows are.
+    """
+    pieces = []
+    for region, ranks in layout.pieces:
+        some: Region
+        if isinstance(region, FlatRange):
+            start, stop = max(region.start, top * cols), min(region.stop, bottom * cols)
+            some = FlatRange(start - top * cols, stop - top * cols)
+            held = start < stop
+        else:
+            first, last = max(region.row_start, top), min(region.row_stop, bottom)
+            some = Box(first - top, last - top, region.col_start, region.col_stop)
+            held = first < last
+        if held:
+            pieces.append((some, ranks))
+    return Layout(layout.world_size, tuple(pieces), layout.rest)
+
+
+def entries_above(region: Region, row: int, cols: int) -> int:
+    """How many entries of a region lie above a row of its matrix.
+
+    Args:
+        region: The region.
+        row: The row.
+        cols: Columns of the matrix.
+
+    Returns:
+        Their number. What lies at and below the row comes after them in a piece.
+    """
+    if isinstance(region, FlatRange):
+        return min(max(row * cols - region.start, 0), region.numel)
+    above = min(max(row - region.row_start, 0), region.shape[0])
+    return above * region.shape[1]
+
+
 def as_flat(region: Region, cols: int) -> FlatRange:
     """A region as a flat range.
 

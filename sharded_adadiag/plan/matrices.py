@@ -4,67 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.state import (
     Rule,
     matrix_moments,
     moment_dtype,
-    needs_matrix,
     rotated_sides,
     rotation_dtype,
 )
-from sharded_adadiag.options import Options
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose
-from sharded_adadiag.plan.geometry import Box, Layout
+from sharded_adadiag.plan.geometry import Box, Layout, cut_rows
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.ownership import assign_owners
 from sharded_adadiag.plan.route import (
     Route,
     broadcast_obstacle,
     broadcast_route,
+    held_route,
     owner_route,
     team_route,
 )
+from sharded_adadiag.plan.spec import ParamSpec
+from sharded_adadiag.plan.stacks import divide, runs
 from sharded_adadiag.plan.teams import Demand, Team, choose_teams
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ParamSpec:
-    """What is the same on every rank about one parameter.
-
-    Attributes:
-        name: Its name, or its position as text.
-        shape: Its logical shape.
-        dtype: Its dtype.
-        grad_dtype: Of its gradient, and of that on its way between ranks.
-        options: Its group's options.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    options: Options
-
-    @property
-    def work_dtype(self) -> torch.dtype:
-        """Of the computation: float32, or as wide as the parameter or its gradient."""
-        widest = torch.promote_types(self.dtype, self.grad_dtype)
-        return torch.promote_types(widest, torch.float32)
+from sharded_adadiag.plan.view import Share, needs_matrix
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MatrixPlan:
-    """One matrix's part of the plan.
+    """One matrix's part of the plan, or that of some alike of a stack on one owner.
 
     Attributes:
         index: Position of the parameter in the optimizer.
-        view: Its matrix view and where it is stored.
+        view: What is stored and moved, and where it is stored. Several matrices of a
+            stack are moved as one, whose rows may be whole matrices.
+        shape: Rows and columns of the matrix, or of each.
+        share: Which of the parameter's matrices.
         left: P is applied.
         right: Q is applied.
         cost: Work and state.
@@ -79,6 +59,8 @@ class MatrixPlan:
 
     index: int
     view: MatrixLayout
+    shape: tuple[int, int]
+    share: Share
     left: bool
     right: bool
     cost: MatrixCost
@@ -90,7 +72,24 @@ class MatrixPlan:
     divisible: bool = False
 
     def __hash__(self) -> int:
-        return self.index
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Position of the parameter, and of the first matrix among its own."""
+        return self.index, self.share.first
+
+    def name(self, position: int) -> str:
+        """The name of one of several matrices."""
+        if self.share.count == 1:
+            return self.view.name
+        stack = self.view.name[: self.view.name.rindex("[")]
+        return f"{stack}[{self.share.first + position}]"
+
+    @property
+    def held(self) -> bool:
+        """Whether its owner alone stores it, so that nothing is moved."""
+        return self.route.kind == "owner" and len(self.route.stages) == 1
 
     @property
     def rotated(self) -> bool:
@@ -115,21 +114,27 @@ class MatrixPlan:
             rank: The rank.
 
         Returns:
-            The same keys for every rank.
+            The same keys for every rank. Of a stack's states the first dimension
+            counts the matrices.
         """
-        region = self.route.moments.layout[rank]
-        assert isinstance(region, Box)
-        sizes = dict(zip("mn", region.shape))
+        holds = self.route.holds_rotations(rank)
+        many: tuple[int, ...] = ()
+        if self.share.kind == "stack":
+            many, sizes = (self.share.count * holds,), dict(zip("mn", self.shape))
+        else:
+            region = self.route.moments.layout[rank]
+            assert isinstance(region, Box)
+            sizes = dict(zip("mn", region.shape))
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for key, dims in self.moments.items():
-            shapes[key] = tuple(sizes[d] for d in dims), self.moment_dtype
-        holds = self.route.holds_rotations(rank)
+            shapes[key] = (*many, *(sizes[d] for d in dims)), self.moment_dtype
         for key, wanted, size in (
-            ("rotation_left", self.left, self.view.rows),
-            ("rotation_right", self.right, self.view.cols),
+            ("rotation_left", self.left, self.shape[0]),
+            ("rotation_right", self.right, self.shape[1]),
         ):
             if wanted:
-                shapes[key] = (size, size) if holds else (0, 0), self.rotation_dtype
+                own = size if holds or many else 0
+                shapes[key] = (*many, own, own), self.rotation_dtype
         return shapes
 
     def shares(self) -> list[tuple[int, MatrixCost]]:
@@ -178,16 +183,18 @@ def plan_matrices(
     Returns:
         The plans, equal on every rank.
     """
-    drafts = []
+    drafts: list[_Draft] = []
+    loads = [0] * world_size
     for i, (fact, layout) in enumerate(zip(facts, layouts)):
         if needs_matrix(method, fact.shape, fact.options):
-            drafts.append(_Draft.of(first_index + i, fact, layout, method))
-    routes: dict[int, Route] = {}
+            drafts.extend(_drafts(first_index + i, fact, layout, method, loads))
+    routes: dict[tuple[int, int], Route] = {}
     if distribution != "owner":
         routes = _broadcast(drafts, world_size, distribution)
-    plans = {d.index: d.plan(routes[d.index]) for d in drafts if d.index in routes}
+    routes |= {d.key: d.at_home() for d in drafts if d.home is not None}
+    plans = {d.key: d.plan(routes[d.key]) for d in drafts if d.key in routes}
     borne = [share for plan in (*planned, *plans.values()) for share in plan.shares()]
-    rest = [d for d in drafts if d.index not in plans]
+    rest = [d for d in drafts if d.key not in plans]
     if distribution == "auto":
         chosen = choose_teams(
             [d.demand() for d in rest],
@@ -199,14 +206,50 @@ def plan_matrices(
         owners = assign_owners([d.cost for d in rest], world_size, borne)
         chosen = [Team.of_one(owner) for owner in owners]
     for draft, team in zip(rest, chosen):
-        plans[draft.index] = draft.plan(draft.team_route(team))
-    return [plans[draft.index] for draft in drafts]
+        plans[draft.key] = draft.plan(draft.team_route(team))
+    return _placed([plans[draft.key] for draft in drafts])
+
+
+def _drafts(
+    index: int, fact: ParamSpec, layout: Layout, method: Rule, loads: list[int]
+) -> Iterator[_Draft]:
+    """The matrices of a parameter; of a stack those that will have one owner."""
+    view, (_, cols) = fact.view, fact.stored
+    if view.batch:
+        shape = view.heights[0], view.cols
+        left, right = rotated_sides(shape, fact.options)
+        work = step_cost(*shape, left=left, right=right)
+        for home, first, count in divide(view, layout, cols, (work, loads)):
+            for start, size in runs(view, first, count):
+                top = start * view.heights[0] * view.cols // cols
+                share = Share(start, size, top, "stack")
+                yield _Draft.of(index, fact, layout, method, share, home)
+        return
+    top, kind = 0, "block" if len(view.heights) > 1 else "all"
+    for i, height in enumerate(view.heights):
+        yield _Draft.of(index, fact, layout, method, Share(i, 1, top, kind))
+        top += height
+
+
+def _placed(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
+    """The plans with the places of stacks' states on their owners."""
+    before: Counter[tuple[int, int]] = Counter()
+    placed = []
+    for plan in plans:
+        if plan.share.kind == "stack":
+            who = plan.index, plan.route.owner
+            share = dataclasses.replace(plan.share, place=before[who])
+            plan = dataclasses.replace(plan, share=share)
+            before[who] += share.count
+        placed.append(plan)
+    return placed
 
 
 def _broadcast(
     drafts: Sequence[_Draft], world_size: int, distribution: str
-) -> dict[int, Route]:
-    """The routes of the matrices on which all ranks work, by index."""
+) -> dict[tuple[int, int], Route]:
+    """The routes of the matrices on which all ranks work, by key."""
+    drafts = [draft for draft in drafts if draft.share.kind != "stack"]
     candidates = [draft.candidate() for draft in drafts]
     kinds = choose(candidates, world_size) if distribution == "auto" else None
     decompose = [0] * world_size
@@ -216,17 +259,20 @@ def _broadcast(
             # Who has least to decompose so far computes its bases.
             head = min(range(world_size), key=lambda rank: (decompose[rank], rank))
             decompose[head] += draft.cost.refresh
-            routes[draft.index] = dataclasses.replace(candidate.broadcast, owner=head)
+            routes[draft.key] = dataclasses.replace(candidate.broadcast, owner=head)
     return routes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Draft:
-    """A matrix before its owner is known."""
+    """A matrix, or some of a stack, before its owner is known."""
 
     index: int
     fact: ParamSpec
     view: MatrixLayout
+    shape: tuple[int, int]
+    share: Share
+    home: int | None
     left: bool
     right: bool
     cost: MatrixCost
@@ -235,12 +281,25 @@ class _Draft:
     divisible: bool
 
     @classmethod
-    def of(cls, index: int, fact: ParamSpec, layout: Layout, method: Rule) -> _Draft:
-        options = fact.options
-        rows, cols = matrix_shape(fact.shape)
-        left, right = rotated_sides((rows, cols), options)
+    def of(
+        cls,
+        index: int,
+        fact: ParamSpec,
+        layout: Layout,
+        method: Rule,
+        share: Share,
+        home: int | None = None,
+    ) -> _Draft:
+        options, count = fact.options, share.count
+        rows, cols = shape = fact.view.heights[share.first], fact.view.cols
+        left, right = rotated_sides(shape, options)
+        width = fact.stored[1]
+        height = count * rows * cols // width
+        if share.kind != "all":
+            layout = cut_rows(layout, share.top, share.top + height, width)
         sizes_of = fact.grad_dtype.itemsize, fact.work_dtype.itemsize
-        matrix = MatrixLayout(fact.name, rows, cols, layout, *sizes_of)
+        name = share.name(fact.name)
+        matrix = MatrixLayout(name, height, width, layout, *sizes_of)
         moments = matrix_moments(method, options)
         sizes = {"m": rows, "n": cols}
         moment_numel = sum(
@@ -250,15 +309,32 @@ class _Draft:
         rotation_bytes = rotation_numel * rotation_dtype(options, fact.dtype).itemsize
         moment_bytes = moment_numel * moment_dtype(options, fact.dtype).itemsize
         cost = MatrixCost(
-            step_cost(rows, cols, left=left, right=right),
-            refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
+            count * step_cost(rows, cols, left=left, right=right),
+            count
+            * refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
             options.refresh_every,
-            moment_bytes + rotation_bytes,
+            count * (moment_bytes + rotation_bytes),
         )
         divisible = not method.factored and options.noise_floor == 0 and left != right
         return cls(
-            index, fact, matrix, left, right, cost, rotation_bytes, moments, divisible
+            index,
+            fact,
+            matrix,
+            shape,
+            share,
+            home,
+            left,
+            right,
+            cost,
+            count * rotation_bytes,
+            moments,
+            divisible and share.kind != "stack",
         )
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """As of the plan."""
+        return self.index, self.share.first
 
     @property
     def two_sided_reproject(self) -> bool:
@@ -299,11 +375,18 @@ class _Draft:
             return owner_route(self.view, team.head, **sides)
         return team_route(self.view, team.ranks, team.head, **sides)
 
+    def at_home(self) -> Route:
+        """The route of some of a stack."""
+        assert self.home is not None
+        return held_route(self.view, self.home, left=self.left, right=self.right)
+
     def plan(self, route: Route) -> MatrixPlan:
         options, dtype = self.fact.options, self.fact.dtype
         return MatrixPlan(
             self.index,
             self.view,
+            self.shape,
+            self.share,
             self.left,
             self.right,
             self.cost,

@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from sharded_adadiag.algorithm.state import Rule, moment_dtype, plain_moments
 from sharded_adadiag.options import BUFFER_BYTES
 from sharded_adadiag.plan.geometry import Layout
-from sharded_adadiag.plan.matrices import MatrixPlan, ParamSpec, plan_matrices
+from sharded_adadiag.plan.matrices import MatrixPlan, plan_matrices
 from sharded_adadiag.plan.rounds import Round, make_rounds
+from sharded_adadiag.plan.spec import ParamSpec
 
 # Without an option exchanges may take this part of the mean rank's state.
 BUFFER_SHARE = 32
@@ -174,7 +175,7 @@ class Plan:
     def shared(self) -> tuple[MatrixPlan, ...]:
         """Rotated matrices of which no rank has the whole gradient in a round."""
         found = {
-            part.matrix.index: part.matrix
+            part.matrix.key: part.matrix
             for round_ in self.rounds
             for part in round_.parts
             if part.matrix.rotated

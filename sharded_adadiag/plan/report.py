@@ -236,7 +236,7 @@ def alike(matrices: Sequence[MatrixPlan]) -> list[tuple[MatrixPlan, int]]:
     kinds: dict[tuple[object, ...], list[MatrixPlan]] = {}
     for m in matrices:
         dtypes = m.moment_dtype, m.rotation_dtype
-        sizes = m.view.rows, m.view.cols, m.left, m.right, m.cost
+        sizes = *m.shape, m.share.count, m.left, m.right, m.cost
         kinds.setdefault((m.route, *dtypes, *sizes, *m.moments), []).append(m)
     return [(some[0], len(some)) for some in kinds.values()]
 
@@ -263,8 +263,7 @@ def _matrix_row(matrix: MatrixPlan) -> MatrixRow:
     idle, busy = _kept(matrix)
     return MatrixRow(
         matrix.view.name,
-        matrix.view.rows,
-        matrix.view.cols,
+        *matrix.shape,
         "+".join(sides) or "-",
         matrix.route.kind,
         matrix.route.owner,

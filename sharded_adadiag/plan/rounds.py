@@ -53,7 +53,7 @@ class Round:
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
         """Positions of the parts that make hop k, from stage k to k + 1."""
-        depth = max(len(part.layouts) for part in self.parts)
+        depth = max((len(part.layouts) for part in self.parts), default=1)
         return tuple(
             tuple(i for i, part in enumerate(self.parts) if len(part.layouts) > k + 1)
             for k in range(depth - 1)
@@ -69,6 +69,13 @@ class Round:
             back = plan.inverse([p.matrix.view.work_itemsize for p in some])
             pairs.append((plan, back))
         return tuple(pairs)
+
+    def on(self, rank: int) -> Round:
+        """The round without what lies on other ranks and is worked on there."""
+        parts = [
+            p for p in self.parts if not p.matrix.held or rank in p.matrix.route.team
+        ]
+        return dataclasses.replace(self, parts=tuple(parts))
 
     @property
     def num_collectives(self) -> int:
@@ -106,12 +113,16 @@ def make_rounds(
     if world_size == 1:
         return _local_rounds(matrices)
     limit = round_bytes(buffer_bytes)
+    held = [m for m in matrices if m.held]
+    matrices = [m for m in matrices if not m.held]
     packing, most = pack(matrices, world_size, limit)
     rounds = []
     for some, nbytes in zip(packing.rounds, most):
         parts = tuple(_part(matrices[i], some[i], world_size) for i in sorted(some))
         if parts:
             rounds.append(Round(parts, world_size, nbytes > limit))
+    for group in _by_head(held, LOCAL_ROUND_BYTES):
+        rounds.append(Round(tuple(map(Part.all_of, group)), world_size))
     return rounds
 
 
@@ -161,7 +172,13 @@ def refresh_rounds(
     Returns:
         The groups.
     """
-    limit = round_bytes(buffer_bytes)
+    return _by_head(matrices, round_bytes(buffer_bytes))
+
+
+def _by_head(
+    matrices: Sequence[MatrixPlan], limit: int
+) -> list[tuple[MatrixPlan, ...]]:
+    """Groups with at most so many bytes for each head, or one matrix that is larger."""
     groups: list[list[MatrixPlan]] = []
     last: dict[int, tuple[int, int]] = {}  # by head: its group, and bytes there
     for m in matrices:

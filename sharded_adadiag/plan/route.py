@@ -84,6 +84,15 @@ def owner_route(matrix: MatrixLayout, owner: int, *, left: bool, right: bool) ->
     return Route("owner", team, owner, (storage, Stage(layout, "none", left, right)))
 
 
+def held_route(matrix: MatrixLayout, owner: int, *, left: bool, right: bool) -> Route:
+    """The route of an owner; if no other rank holds any of it nothing moves."""
+    pieces = matrix.layout.pieces
+    if len(pieces) == 1 and pieces[0][1] == range(owner, owner + 1):
+        stage = Stage(matrix.layout, "none", left, right)
+        return Route("owner", range(owner, owner + 1), owner, (stage,))
+    return owner_route(matrix, owner, left=left, right=right)
+
+
 def team_route(
     matrix: MatrixLayout, team: Ranks, head: int, *, left: bool, right: bool
 ) -> Route:

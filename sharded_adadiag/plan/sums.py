@@ -24,7 +24,7 @@ def sums_of(plan: Plan) -> list[list[int]]:
         For each round one number for each all-reduce, equal on all ranks.
     """
     known: dict[object, list[list[Asked]]] = {}
-    waits: dict[int, list[list[Asked]]] = {}
+    waits: dict[tuple[int, int], list[list[Asked]]] = {}
     for m in plan.members:
         options = plan.specs[m.index].options
         # Adam's rule waits for nothing.
@@ -34,13 +34,15 @@ def sums_of(plan: Plan) -> list[list[int]]:
             key = block, m.view.rows, m.view.cols, m.work_dtype, id(options)
             if key not in known:
                 known[key] = _across_ranks(m, plan)
-            waits[m.index] = known[key]
+            waits[m.key] = known[key]
     return [_of_round(some, waits) for some in plan.rounds]
 
 
-def _of_round(some: Round, waiting: Mapping[int, list[list[Asked]]]) -> list[int]:
+def _of_round(
+    some: Round, waiting: Mapping[tuple[int, int], list[list[Asked]]]
+) -> list[int]:
     """The rules of all matrices wait together, for one all-reduce of each dtype."""
-    waits = [waiting.get(part.matrix.index, []) for part in some.parts]
+    waits = [waiting.get(part.matrix.key, []) for part in some.parts]
     found: list[int] = []
     for together in itertools.zip_longest(*waits, fillvalue=()):
         sizes: Counter[torch.dtype] = Counter()
@@ -58,6 +60,6 @@ def _across_ranks(matrix: MatrixPlan, plan: Plan) -> list[list[Asked]]:
         (moments.layout[rank].shape, matrix.work_dtype),
         matrix.state_shapes(rank),
         plan.specs[matrix.index].options,
-        (matrix.view.rows, matrix.view.cols),
+        matrix.shape,
     )
     return [[a for a in asked if a.over in {"all", moments.split}] for asked in waits]

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Sequence
 
-from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.plan.geometry import (
     EMPTY,
     Box,
@@ -17,6 +16,7 @@ from sharded_adadiag.plan.geometry import (
     Region,
     everywhere,
 )
+from sharded_adadiag.plan.view import MatrixView
 from sharded_adadiag.planner.models import Weight
 
 LAYOUTS = ("fsdp2", "fsdp1", "ddp", "zero")
@@ -92,7 +92,7 @@ def layouts_of(
             parameter is divided.
     """
     if mesh.layout == "ddp":
-        return [everywhere(*matrix_shape(w.shape), mesh.ranks) for w in weights]
+        return [everywhere(*MatrixView.of(w.shape).stored, mesh.ranks) for w in weights]
     if mesh.layout == "fsdp2":
         return [_sharded(w.shape, mesh, _divided(w, mesh)) for w in weights]
     by_unit: dict[object, list[int]] = {}

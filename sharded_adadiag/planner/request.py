@@ -12,8 +12,8 @@ import torch
 
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Rule
 from sharded_adadiag.options import Options
-from sharded_adadiag.plan.matrices import ParamSpec
 from sharded_adadiag.plan.plan import Plan
+from sharded_adadiag.plan.spec import ParamSpec
 from sharded_adadiag.planner.mesh import Mesh, layouts_of
 from sharded_adadiag.planner.models import Model
 

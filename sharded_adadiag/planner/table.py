@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sharded_adadiag.algorithm.state import needs_matrix
 from sharded_adadiag.plan.plan import Plan
+from sharded_adadiag.plan.view import needs_matrix
 from sharded_adadiag.planner.figures import Figures
 from sharded_adadiag.planner.request import Answer, Request
 

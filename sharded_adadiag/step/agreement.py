@@ -54,7 +54,7 @@ class Agreement:
         largest: The magnitude of this rank's gradients in this step, by position of
             the parameter, as far as it was looked at.
         watched: Matrices of which ranks outside their team take part in a refresh.
-        lacking: Whether each of these has no basis yet, by position of the parameter.
+        lacking: Whether each of these has no basis yet, by key.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Agreement:
         self.group_options = group_options
         self.bases = bases
         self.watched: Sequence[MatrixPlan] = ()
-        self.lacking: dict[int, bool] = {}
+        self.lacking: dict[tuple[int, int], bool] = {}
         self.started = False
         self.compared = 0
         self.skipped_steps = 0
@@ -157,7 +157,7 @@ class Agreement:
             self._refuse(problem)
             return None
         lacks = flags[len(flags) - len(self.watched) :]
-        self.lacking = {m.index: bool(x) for m, x in zip(self.watched, lacks)}
+        self.lacking = {m.key: bool(x) for m, x in zip(self.watched, lacks)}
         self._compare(present, flags, weights=bool(state))
         if not state:
             return None
@@ -177,7 +177,7 @@ class Agreement:
         return [
             int(
                 self.comm.rank in m.route.team
-                and self.bases.lacks(m.index, self.entries[m.index].state)
+                and self.bases.lacking(m, self.entries[m.index].state()) != []
             )
             for m in self.watched
         ]

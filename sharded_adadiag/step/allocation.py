@@ -11,6 +11,7 @@ from sharded_adadiag.algorithm.state import Rule, plain_moments
 from sharded_adadiag.params.entry import Entry
 from sharded_adadiag.params.local import local
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.step.states import become_identity, state_shapes
 
 
 def allocate(
@@ -27,22 +28,23 @@ def allocate(
     Raises:
         ValueError: If an unpickled state tensor has another shape than planned.
     """
-    planned = {matrix.index: matrix for matrix in matrices}
+    planned: dict[int, list[MatrixPlan]] = {}
+    for matrix in matrices:
+        planned.setdefault(matrix.index, []).append(matrix)
     for i, entry in enumerate(entries):
         if not entry.member:
             continue
         state = entry.state()
         state.setdefault("step", torch.tensor(0.0))
-        matrix = planned.get(i)
-        if matrix is None:
+        if i not in planned:
             _allocate_plain(entry, state, rule)
             continue
-        for key, (shape, dtype) in matrix.state_shapes(rank).items():
+        for key, (shape, dtype) in state_shapes(planned[i], rank).items():
             if key not in state:
                 device = entry.param.device
                 state[key] = torch.zeros(shape, dtype=dtype, device=device)
-                if key.startswith("rotation") and 0 not in shape:
-                    state[key].fill_diagonal_(1.0)  # until the first basis
+                if key.startswith("rotation"):
+                    become_identity(state[key])  # until the first basis
             elif tuple(state[key].shape) != shape:
                 raise ValueError(
                     f"{entry.spec.name}: loaded state {key!r} has shape "

@@ -7,51 +7,60 @@ checkpoint from before the first basis goes on as the run that wrote it would.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sharded_adadiag.algorithm.basis import Basis
 from sharded_adadiag.algorithm.update import lacks_basis
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.step.states import states_of
 
 
 class KnownBases:
     """Remembers which matrices have a basis, so that an ordinary step reads none."""
 
     def __init__(self) -> None:
-        self._there: set[int] = set()
+        # Of each plan, by its key, those of its matrices.
+        self._there: dict[tuple[int, int], set[int]] = {}
+        self._read: set[tuple[int, int]] = set()
         self._warned: set[tuple[str, str]] = set()
 
     def forget(self) -> None:
         """The states have been replaced: which matrices have a basis is unknown."""
         self._there.clear()
+        self._read.clear()
 
-    def lacks(self, index: int, state: Callable[[], Mapping[str, Any]]) -> bool:
-        """Whether a matrix has no basis yet.
+    def lacking(self, matrix: MatrixPlan, state: Mapping[str, Any]) -> list[int]:
+        """Which matrices of a plan have no basis until a gradient that is not zero.
 
         Args:
-            index: Position of its parameter.
-            state: Gives its state, which is read once after a load.
+            matrix: The plan, of matrices that this rank works on.
+            state: The state of the parameter, which is read once after a load.
 
         Returns:
-            True until a gradient that is not zero has made the first basis.
+            Their positions in the plan.
         """
-        if index not in self._there:
-            held = {k: v for k, v in state().items() if k != "step"}
-            if lacks_basis(held):
-                return True
-            self._there.add(index)
-        return False
+        there = self._there.setdefault(matrix.key, set())
+        if len(there) == matrix.share.count:
+            return []
+        if matrix.key not in self._read:
+            self._read.add(matrix.key)
+            for i, held in enumerate(states_of(matrix, state)):
+                if i not in there and not lacks_basis(held):
+                    there.add(i)
+        return [i for i in range(matrix.share.count) if i not in there]
 
-    def note(self, index: int, name: str, basis: Basis) -> None:
+    def note(self, matrix: MatrixPlan, position: int, basis: Basis) -> None:
         """Note the outcome of a decomposition; a fallback is warned of once.
 
         Args:
-            index: Position of the matrix's parameter.
-            name: Its name.
+            matrix: The plan.
+            position: Of the matrix in the plan.
             basis: What came of it.
         """
         if basis.made:
-            self._there.add(index)
+            self._there.setdefault(matrix.key, set()).add(position)
+        name = matrix.name(position)
         if not basis.fallback or (name, basis.fallback) in self._warned:
             return
         self._warned.add((name, basis.fallback))

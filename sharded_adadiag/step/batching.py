@@ -25,18 +25,20 @@ def make_batches(round_: Round, rank: int, device_type: str) -> list[list[Part]]
     """
     limit = BATCH_NUMEL.get(device_type, BATCH_NUMEL["cuda"])
     growing: dict[Any, list[Part]] = {}
+    size: dict[Any, int] = {}
     full = []
     for part in round_.parts:
         m = part.matrix
         here = None if part.whole else part.layouts[-1][rank]
         kind = (
-            (m.view.rows, m.view.cols, m.left, m.right, m.work_dtype),
+            (*m.shape, m.left, m.right, m.work_dtype),
             m.route.stages if m.route.kind != "owner" else None,
             here.shape if here is not None else None,
         )
-        batch = growing.setdefault(kind, [])
-        batch.append(part)
+        growing.setdefault(kind, []).append(part)
         numel = m.view.numel if here is None else here.numel
-        if (len(batch) + 1) * numel > limit:
+        size[kind] = size.get(kind, 0) + numel
+        if size[kind] + numel > limit:
             full.append(growing.pop(kind))
+            del size[kind]
     return full + list(growing.values())

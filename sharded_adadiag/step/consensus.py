@@ -19,7 +19,7 @@ from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.local import Piece
 from sharded_adadiag.plan.geometry import Box, FlatRange, Layout, Region
-from sharded_adadiag.plan.matrices import ParamSpec
+from sharded_adadiag.plan.spec import ParamSpec
 
 Settings = Mapping[str, Any]
 
@@ -98,7 +98,11 @@ def _described(
             rotate = options.rotate and piece.rotate
             options = dataclasses.replace(options, lr=0.0, rotate=rotate)
             dtypes = piece.dtype, piece.grad_dtype
-            specs.append(ParamSpec(piece.name, piece.holding.shape, *dtypes, options))
+            held = piece.holding
+            spec = ParamSpec(piece.name, held.shape, *dtypes, options)
+            if held.cols != spec.stored[1]:
+                spec = dataclasses.replace(spec, width=held.cols)
+            specs.append(spec)
     except (NotImplementedError, ValueError) as error:
         return [], [], str(error)
     return pieces, specs, ""

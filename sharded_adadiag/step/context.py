@@ -13,10 +13,11 @@ from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.entry import Entry
-from sharded_adadiag.plan.geometry import Box, Region
+from sharded_adadiag.plan.geometry import Box, Region, entries_above
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.rounds import Part
 from sharded_adadiag.step.bases import KnownBases
+from sharded_adadiag.step.states import State, states_of
 
 # Parts of a round that are alike, and so are computed together.
 Batches = Sequence[Sequence[Part]]
@@ -38,9 +39,10 @@ class Step:
             was looked at.
         present: Whether each parameter takes part: some rank has a gradient of it.
         bases: Which matrices have a basis, as far as this rank has one of its own.
-        lacking: Whether a matrix has no basis yet, by position, where ranks outside
+        lacking: Whether a matrix has no basis yet, by its key, where ranks outside
             its team must know.
-        gradients: Gradients in the form in which they are used more than once.
+        gradients: Gradients in the form in which they are used more than once, by
+            key; of a parameter of several matrices also the flat gradient, by position.
     """
 
     rule: Rule
@@ -53,56 +55,61 @@ class Step:
     largest: Mapping[int, float]
     present: Sequence[bool]
     bases: KnownBases
-    lacking: Mapping[int, bool]
-    gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    lacking: Mapping[tuple[int, int], bool]
+    gradients: dict[object, Tensor] = dataclasses.field(default_factory=dict)
 
     def options_of(self, matrix: MatrixPlan) -> Options:
         """The options of a matrix's group."""
         return self.options[id(self.entries[matrix.index].group)]
 
-    def state(self, matrix: MatrixPlan) -> dict[str, Tensor]:
-        """This rank's moments and rotations of a matrix."""
-        state = self.entries[matrix.index].state()
-        return {key: value for key, value in state.items() if key != "step"}
+    def states(self, matrix: MatrixPlan) -> list[State]:
+        """This rank's moments and rotations of each matrix of a plan."""
+        return states_of(matrix, self.entries[matrix.index].state())
 
-    def state_of(self, part: Part) -> dict[str, Tensor]:
-        """The rotations of a part's matrix, and what of its moments the part is."""
-        state = self.state(part.matrix)
+    def state(self, matrix: MatrixPlan) -> State:
+        """This rank's moments and rotations of a matrix that is none of a stack."""
+        (state,) = self.states(matrix)
+        return state
+
+    def states_of(self, part: Part) -> list[State]:
+        """The rotations of a part's matrices, and what of their moments the part is."""
+        states = self.states(part.matrix)
         if not part.whole:
+            (state,) = states
             here = part.layouts[-1][self.rank]
             held = part.matrix.route.moments.layout[self.rank]
             assert isinstance(here, Box) and isinstance(held, Box)
             for key, dims in part.matrix.moments.items():
                 state[key] = cut_moment(state[key], dims, here, held)
-        return state
+        return states
 
     def count(self, matrix: MatrixPlan) -> int:
         """How many steps a matrix has made, this one included (t of the paper)."""
         return int(self.entries[matrix.index].state()["step"])
 
-    def refresh_due(self, matrix: MatrixPlan) -> bool:
-        """Whether this step computes a new basis.
+    def refreshes(self, matrix: MatrixPlan) -> Sequence[int]:
+        """Of which matrices of a plan this step computes a new basis.
 
-        It does on steps 1, T + 1, 2T + 1, ..., and on every step until a gradient that
-        is not zero has made the first one.
+        It does so on steps 1, T + 1, 2T + 1, ..., and on every step until a gradient
+        that is not zero has made the first one.
 
         Args:
             matrix: One that this rank works on, or of which the ranks have agreed
                 whether it lacks a basis.
 
         Returns:
-            The same on every rank that may be asked.
+            Positions in the plan, the same on every rank that may be asked.
         """
         if not matrix.rotated or not self.present[matrix.index]:
-            return False
+            return []
         since_first = self.count(matrix) - 1
         period = self.options_of(matrix).refresh_every
         if since_first == 0 or (period is not None and since_first % period == 0):
-            return True
-        agreed = self.lacking.get(matrix.index)
+            return range(matrix.share.count)
+        agreed = self.lacking.get(matrix.key)
         if agreed is not None:
-            return agreed
-        return self.bases.lacks(matrix.index, self.entries[matrix.index].state)
+            return [0] if agreed else []
+        return self.bases.lacking(matrix, self.entries[matrix.index].state())
 
     def gradient(self, matrix: MatrixPlan, *, again: bool = False) -> Tensor:
         """The local gradient in the shape of its region; zeros if there is none.
@@ -114,28 +121,39 @@ class Step:
         Returns:
             The gradient as planned: its dtype, its sign, no entry too large to square.
         """
-        found = self.gradients.get(matrix.index)
+        found = self.gradients.get(matrix.key)
         if found is None:
             found = self._gradient(matrix)
             if again:
-                self.gradients[matrix.index] = found
+                self.gradients[matrix.key] = found
         return found
 
     def _gradient(self, matrix: MatrixPlan) -> Tensor:
         entry, grad = self.entries[matrix.index], self.grads[matrix.index]
+        here = matrix.view.layout[self.rank]
         if grad is None:
             dtype, device = entry.spec.grad_dtype, entry.param.device
-            return torch.zeros(entry.region.shape, dtype=dtype, device=device)
-        piece = grad.reshape(entry.region.shape).to(entry.spec.grad_dtype)
+            return torch.zeros(here.shape, dtype=dtype, device=device)
+        if matrix.share.kind != "all":
+            if matrix.index not in self.gradients:  # it may have to be copied
+                self.gradients[matrix.index] = grad.reshape(-1)
+            grad = self._own(matrix, self.gradients[matrix.index])
+        piece = grad.reshape(here.shape).to(entry.spec.grad_dtype)
         # Greater entries count as this: their squares overflow as it is, and what is
         # summed over them on the way (norms, products with a rotation) does not.
-        limit = torch.finfo(matrix.work_dtype).max / (2 * matrix.view.numel)
+        limit = torch.finfo(matrix.work_dtype).max / (2 * math.prod(matrix.shape))
         largest = self.largest.get(matrix.index, math.inf)
         if min(largest, torch.finfo(piece.dtype).max) > limit:
             piece = piece.clamp(-limit, limit)
         # The order in memory decides how a product rounds, and is lost on the way.
         piece = piece.contiguous()
         return -piece if self.options_of(matrix).maximize else piece
+
+    def _own(self, matrix: MatrixPlan, flat: Tensor) -> Tensor:
+        """A matrix's entries among those of its parameter that this rank holds."""
+        region, view = self.entries[matrix.index].region, matrix.view
+        start = entries_above(region, matrix.share.top, view.cols)
+        return flat[start : start + view.layout[self.rank].numel]
 
     def working(self, batches: Iterable[Sequence[Part]]) -> list[list[Part]]:
         """What of some batches this rank works on in this step.
@@ -183,9 +201,11 @@ class Step:
         entry, options = self.entries[matrix.index], self.options_of(matrix)
         lr = float(options.lr)
         param = there = entry.param
-        if place != entry.region:
-            whole = param.reshape(entry.region.shape)
-            there = window(whole, entry.region, place, matrix.view.cols)
+        here = matrix.view.layout[self.rank]
+        if place != here or matrix.share.kind != "all":
+            whole = param.reshape(-1)
+            own = whole if matrix.share.kind == "all" else self._own(matrix, whole)
+            there = window(own.view(here.shape), here, place, matrix.view.cols)
         if options.weight_decay:
             there.mul_(1.0 - lr * options.weight_decay)
         there.add_(update.view(there.shape), alpha=-lr)

@@ -22,13 +22,13 @@ from sharded_adadiag.params.exclusion import LOPSIDED
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.report import Report, report_of
-from sharded_adadiag.plan.rounds import Part, refresh_rounds
+from sharded_adadiag.plan.rounds import Round, refresh_rounds
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import make_batches
-from sharded_adadiag.step.context import Step
+from sharded_adadiag.step.context import Batches, Step
 from sharded_adadiag.step.group_options import GroupOptions
 from sharded_adadiag.step.pipeline import run_round
 from sharded_adadiag.step.plain import plain_update
@@ -97,9 +97,10 @@ class Engine:
         """Go by a plan from now on: what a step would else look up is listed here."""
         self.plan = plan
         self.shared = plan.shared
+        self.positions = sorted({m.index for m in plan.members})
         self.agreement.watched = plan.watched
         cut = {
-            part.matrix.index
+            part.matrix.key
             for round_ in plan.rounds
             for part in round_.parts
             if not part.whole
@@ -165,9 +166,9 @@ class Engine:
             self.bases,
             self.agreement.lacking,
         )
-        for m in self.plan.members:
-            if present[m.index]:
-                self.entries[m.index].state()["step"] += 1
+        for i in self.positions:
+            if present[i]:
+                self.entries[i].state()["step"] += 1
         self._run(step, self._refreshes(step))
         self._run(step, self._round_jobs(step))
         self.failures.raise_noted([entry.spec.name for entry in self.entries])
@@ -180,25 +181,26 @@ class Engine:
 
     def _refreshes(self, step: Step) -> Iterator[Job]:
         """New bases of what no rank works on whole, before anything is updated."""
-        due = [m for m in self.shared if step.refresh_due(m)]
+        due = [m for m in self.shared if step.refreshes(m)]
         for group in refresh_rounds(due, self.plan.budget):
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:
-        batches = self._batched(step.device)
-        for round_, some in zip(self.plan.rounds, batches):
-            if any(step.present[part.matrix.index] for part in round_.parts):
-                yield run_round(step, round_, some, self.failures)
+        for whose, own, batches in self._batched(step.device):
+            if any(step.present[i] for i in whose):  # the same on every rank
+                yield run_round(step, own, batches, self.failures)
 
-    def _batched(self, device: torch.device) -> list[list[list[Part]]]:
-        """The batches of each round, made once."""
+    def _batched(self, device: torch.device) -> list[tuple[list[int], Round, Batches]]:
+        """Of each round: its parameters, what is done here, the batches; made once."""
         if self._device_type != device.type:
-            self._device_type = device.type
-            self._batches = [
-                make_batches(round_, self.comm.rank, device.type)
-                for round_ in self.plan.rounds
-            ]
-        return self._batches
+            self._device_type, rank = device.type, self.comm.rank
+            self._rounds: list[tuple[list[int], Round, Batches]] = []
+            for round_ in self.plan.rounds:
+                whose = sorted({part.matrix.index for part in round_.parts})
+                own = round_.on(rank)
+                batches = make_batches(own, rank, device.type)
+                self._rounds.append((whose, own, batches))
+        return self._rounds
 
     def report(self) -> Report:
         """What every rank computes, keeps and sends."""
@@ -216,20 +218,16 @@ class Engine:
 
 def _warn_of_lopsided(matrices: Sequence[MatrixPlan]) -> None:
     lopsided = [
-        m
-        for m in matrices
-        if m.rotated
-        and max(m.view.rows, m.view.cols) > LOPSIDED * min(m.view.rows, m.view.cols)
+        m for m in matrices if m.rotated and max(m.shape) > LOPSIDED * min(m.shape)
     ]
     if lopsided:
-        first = lopsided[0].view
+        first = lopsided[0]
         logger.warning(
             "%s: rotated as a %d x %d matrix, and %d more, over %d times as long as "
             "wide; if it is a stack of matrices or a table, put it in a group with "
             '"rotate": False',
-            first.name,
-            first.rows,
-            first.cols,
+            first.view.name,
+            *first.shape,
             len(lopsided) - 1,
             LOPSIDED,
         )

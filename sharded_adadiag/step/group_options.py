@@ -48,12 +48,14 @@ class GroupOptions:
         self.entries = entries
         self.follow(())
 
-    def follow(self, matrices: Sequence[MatrixPlan], cut: Collection[int] = ()) -> None:
+    def follow(
+        self, matrices: Sequence[MatrixPlan], cut: Collection[tuple[int, int]] = ()
+    ) -> None:
         """Look anew: parameters came, left or changed groups.
 
         Args:
             matrices: The plan of those that are seen as matrices.
-            cut: Positions of those that are worked on in several rounds.
+            cut: Keys of those that are worked on in several rounds.
         """
         self.matrices = matrices
         self.cut = cut
@@ -115,15 +117,18 @@ class GroupOptions:
 
     def _complaint(self, options: dict[int, Options]) -> str:
         """The first option that is not as planned."""
-        matrices = {m.index: m for m in self.matrices}
+        matrices: dict[int, list[MatrixPlan]] = {}
+        for m in self.matrices:
+            matrices.setdefault(m.index, []).append(m)
         for i, entry in enumerate(self.entries):
             if not entry.member:
                 continue
             now = options[id(entry.group)]
             if text := _change(entry, now):
                 return text
-            if i in matrices and (text := self._needs_more(matrices[i], now)):
-                return f"{entry.spec.name}: {text}"
+            for m in matrices.get(i, ()):
+                if text := self._needs_more(m, now):
+                    return f"{m.view.name}: {text}"
         return ""
 
     def _needs_more(self, matrix: MatrixPlan, now: Options) -> str:
@@ -135,7 +140,7 @@ class GroupOptions:
                 "sides must be whole, but it is planned in blocks; set it from the "
                 'beginning, or pass distribution="owner"'
             )
-        if now.noise_floor > 0 and matrix.index in self.cut:
+        if now.noise_floor > 0 and matrix.key in self.cut:
             return (
                 f"noise_floor became {now.noise_floor!r}, for which all of the matrix "
                 "must be there at once, but it is planned in blocks one after the "

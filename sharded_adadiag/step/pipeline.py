@@ -24,6 +24,7 @@ from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.rounds import Part, Round
 from sharded_adadiag.step.context import Batches, Step
 from sharded_adadiag.step.refresh import refresh_here
+from sharded_adadiag.step.states import apart, as_one
 
 # What a part has at the moment: a piece, or what came of it region by region.
 Work = list[Any]
@@ -51,15 +52,10 @@ def run_round(step: Step, round_: Round, batches: Batches, failures: Failures) -
     for k in range(depth):
         _rotate(step, mine, k, work, place, failures, back=False)
         yield from _hop(round_, k, work, back=False)
-    owned = [
-        part
-        for part in round_.parts
-        if part.whole
-        and part.matrix.route.kind == "owner"
-        and part.matrix.route.owner == step.rank
-        and step.refresh_due(part.matrix)
-    ]
-    refresh_here(step, [(p.matrix, work[place[id(p)]]) for p in owned], failures)
+    for part, gradient in zip(round_.parts, work):
+        route = part.matrix.route
+        if part.whole and route.kind == "owner" and route.owner == step.rank:
+            refresh_here(step, part.matrix, gradient, failures)
     moved = [now is not then for now, then in zip(work, given)]
     yield from _update(step, mine, work, (place, moved), failures)
     for k in reversed(range(depth)):
@@ -139,14 +135,16 @@ def _update(
     place, moved = where
 
     def keep(batch: Sequence[Part], results: Sequence[Tensor]) -> None:
-        for part, result in zip(batch, results):
+        each = iter(results)
+        for part in batch:
+            own = [next(each) for _ in range(part.matrix.share.count)]
             if step.rank not in part.matrix.route.team:
                 continue
-            i = place[id(part)]
+            i, update = place[id(part)], as_one(part.matrix, own)
             if moved[i]:  # an update may take the gradient's room: there is no more
-                work[i].copy_(result)
+                work[i].copy_(update)
             else:
-                work[i] = result
+                work[i] = update
 
     waiting: list[tuple[Sequence[Part], Sums[list[Tensor]]]] = []
     for batch in batches:
@@ -154,8 +152,14 @@ def _update(
         here = step.rank in m.route.team
         with failures.carried(m.index):
             if here:
-                grads = [work[place[id(part)]].to(m.work_dtype) for part in batch]
-                states = [step.state_of(part) for part in batch]
+                grads = [
+                    grad
+                    for part in batch
+                    for grad in apart(
+                        part.matrix, work[place[id(part)]].to(m.work_dtype)
+                    )
+                ]
+                states = [state for part in batch for state in step.states_of(part)]
             else:
                 grads, states = _nothing_of(m, len(batch), step.device)
             rule = update(
@@ -163,8 +167,12 @@ def _update(
                 states,
                 method=step.rule,
                 options=step.options_of(m),
-                steps=[step.count(part.matrix) for part in batch],
-                shape=(m.view.rows, m.view.cols),
+                steps=[
+                    count
+                    for part in batch
+                    for count in part.matrix.share.count * [step.count(part.matrix)]
+                ],
+                shape=m.shape,
                 left=here and m.route.moments.left,
                 right=here and m.route.moments.right,
             )

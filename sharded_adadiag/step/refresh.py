@@ -8,8 +8,6 @@ rotations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,24 +23,30 @@ from sharded_adadiag.comm.jobs import Failures, Job, Transfer
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.refresh import refresh_plans
 from sharded_adadiag.step.context import Step
+from sharded_adadiag.step.states import apart
 
 
 def refresh_here(
-    step: Step, due: Sequence[tuple[MatrixPlan, Tensor]], failures: Failures
+    step: Step, m: MatrixPlan, gradient: Tensor, failures: Failures
 ) -> None:
-    """New bases of matrices whose whole gradient is at hand.
+    """New bases of matrices whose whole gradient is at hand, where they are due.
 
     Args:
         step: The step.
-        due: Matrices that this rank alone works on, and their gradients.
+        m: Matrices that this rank alone works on.
+        gradient: Theirs.
         failures: Notes what fails.
     """
-    for m, grad in due:
-        with failures.carried(m.index):
-            options, state = step.options_of(m), step.state(m)
-            basis = basis_of(grad, state, options)
-            step.bases.note(m.index, m.view.name, basis)
-            install(state, basis, options)
+    with failures.carried(m.index):
+        due = step.refreshes(m)
+        if not due:
+            return
+        options, states = step.options_of(m), step.states(m)
+        grads = apart(m, gradient.to(m.work_dtype))
+        for i in due:
+            basis = basis_of(grads[i], states[i], options)
+            step.bases.note(m, i, basis)
+            install(states[i], basis, options)
 
 
 def refresh_together(
@@ -95,7 +99,7 @@ def refresh_together(
             for side in new
         )
         basis = Basis(left, right, basis.fallback)
-        step.bases.note(m.index, m.view.name, basis)
+        step.bases.note(m, 0, basis)
         install(step.state(m), basis, step.options_of(m))
 
 

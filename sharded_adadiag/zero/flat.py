@@ -21,6 +21,7 @@ from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.params.entry import Entry
 from sharded_adadiag.step.engine import Engine
+from sharded_adadiag.step.states import become_identity
 from sharded_adadiag.zero import partitions as zero
 from sharded_adadiag.zero.partitions import STATE_KEY, Fragment
 
@@ -96,15 +97,14 @@ class FlatStates:
             saved: By flat tensor.
         """
         values: dict[int, dict[str, Tensor]] = {}
+        states = SavedState(engine.entries, engine.plan.matrices, engine.comm)
         for flat, state in saved.items():
             for part, i in self._parts.get(flat, ()):
                 own = state.get(STATE_KEY, {}).get(part.name, {})
                 fits = {key: part.of(state[key]) for key in FLAT_KEYS if key in state}
-                wanted = engine.entries[i].state()
+                wanted = states.keys(i)
                 values[i] = {k: v for k, v in fits.items() if k in wanted} | own
-        SavedState(engine.entries, engine.plan.matrices, engine.comm).load_pieces(
-            values
-        )
+        states.load_pieces(values)
         engine.mark_loaded()
 
     def absorb(self, engine: Engine) -> None:
@@ -120,23 +120,23 @@ class FlatStates:
         left = [flat for flat in self._parts if FLAT_KEYS[0] in states[flat]]
         values: dict[int, dict[str, Tensor]] = {}
         rotated = {m.index for m in engine.plan.matrices if m.rotated}
+        saved = SavedState(engine.entries, engine.plan.matrices, engine.comm)
         for flat in left:
             state = states[flat]
             for part, i in self._parts[flat]:
                 live = engine.entries[i].state()
-                fits = {k: part.of(state[k]) for k in FLAT_KEYS if k in live}
+                wanted = saved.keys(i)
+                fits = {k: part.of(state[k]) for k in FLAT_KEYS if k in wanted}
                 step = torch.as_tensor(float(state.get("step", 0)))
                 values[i] = {**fits, "step": step}
                 for key, basis in live.items():
                     # The identity stands for a basis that is yet to come.
                     if key.startswith("rotation") and basis.numel() > 0:
-                        basis.zero_().fill_diagonal_(1.0)
+                        become_identity(basis)
             for key in [key for key in state if key != STATE_KEY]:
                 del state[key]
         if left:
-            SavedState(engine.entries, engine.plan.matrices, engine.comm).load_pieces(
-                values, bases="due"
-            )
+            saved.load_pieces(values, bases="due")
             engine.mark_loaded()
             warnings.warn(
                 f"the universal checkpoint has no bases: those of "

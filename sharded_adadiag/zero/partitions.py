@@ -36,7 +36,7 @@ from sharded_adadiag.params.local import (
     Holding,
     Piece,
     is_distributed,
-    view_shape,
+    view_in,
 )
 from sharded_adadiag.plan.geometry import FlatRange
 
@@ -328,7 +328,8 @@ def pieces(
     """
 
     def piece(part: Fragment) -> Piece:
-        held = Holding(part.shape, *view_shape(part.shape), part.region)
+        view = view_in(group, part.shape, part.name)
+        held = Holding(part.shape, *view.stored, part.region)
 
         def state() -> dict[str, Any]:
             own: dict[str, Any] = optimizer.state[flat].setdefault(STATE_KEY, {})

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sharded_adadiag.algorithm.matrixize import matrix_shape
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
@@ -47,7 +46,7 @@ def portable_state_dict(engine: Any) -> dict[str, Any]:
     with _flats_at_hand(engine) as (optimizer, ours):
         logical = LogicalState(ours.comm, device_of(ours.entries))
         tensors = [_weight(entry) for entry in ours.entries]
-        weights = logical.save(tensors, [entry.param for entry in ours.entries])
+        weights = logical.save(tensors, [[entry.param] for entry in ours.entries])
         model = dict(zip((t.name for t in tensors), weights))
         model |= _untrained(engine.module, model)
         states = SavedState(ours.entries, ours.plan.matrices, ours.comm).save()
@@ -95,7 +94,7 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
             i: states[n] for i, n in enumerate(names) if n in states
         })
         ours.mark_loaded()
-        for entry, piece in zip(ours.entries, pieces):
+        for entry, (piece,) in zip(ours.entries, pieces):
             entry.param.copy_(piece.view(entry.param.shape))
         optimizer._binding.skipped_steps = skipped
         for name in sorted(set(states) - set(names)):
@@ -111,11 +110,11 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
 def _weight(entry: Entry) -> StateTensor:
     """The master weight of a parameter as a tensor of the saved form."""
     shape, layout = entry.spec.shape, entry.layout
-    rows, cols = matrix_shape(shape) if len(shape) > 1 else (math.prod(shape), 1)
+    rows, cols = entry.spec.stored
     if len(shape) < 2:
-        layout = as_column(layout)
+        rows, cols, layout = math.prod(shape), 1, as_column(layout)
     name, dtype = entry.spec.name, entry.spec.dtype
-    return StateTensor(name, "weight", shape, rows, cols, layout, dtype)
+    return StateTensor(name, "weight", shape, cols, ((rows, layout),), dtype)
 
 
 @contextlib.contextmanager
@@ -152,8 +151,8 @@ def _groups(optimizer: Any, ours: Engine) -> list[dict[str, Any]]:
         members: dict[bool, list[str]] = {True: [], False: []}
         for entry in ours.entries:
             if entry.group is group:
-                shape = entry.spec.shape
-                matrix = len(shape) > 1 and min(matrix_shape(shape)) > 1
+                view = entry.spec.view
+                matrix = min(max(view.heights, default=0), view.cols) > 1
                 members[matrix and entry.spec.options.rotate].append(entry.spec.name)
         for rotate, names in members.items():
             if names:

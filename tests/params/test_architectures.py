@@ -43,14 +43,20 @@ def sorted_by_module(model, caplog):
             alike = ".".join("*" if p.isdigit() else p for p in name.split("."))
             shape = " x ".join(map(str, param.shape))
             kind = kinds.get((name, shape), kinds.get((alike, shape)))
-            assert (kind == "") is group["rotate"], name
+            assert (kind in {"", "stacked experts"}) is group["rotate"], name
+            assert group.get("batch_dims", 0) == (kind == "stacked experts"), name
             found.setdefault(kind or "matrix", set()).add(short(name))
     return found, groups
 
 
 def differing_by_name(groups):
     """What names and shapes alone tell otherwise: short names by what is done then."""
-    every = [(n, p, g["rotate"]) for g in groups for n, p in g["params"]]
+    # Without a module a stack is not taken for one of experts, and stays as it is.
+    every = [
+        (n, p, g["rotate"] and "batch_dims" not in g)
+        for g in groups
+        for n, p in g["params"]
+    ]
     names = [name for name, _, _ in every]
     found = {}
     for name, param, rotated in every:

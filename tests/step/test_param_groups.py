@@ -176,6 +176,8 @@ PLAN: dict[str, Any] = {
     "state_dtype": torch.float64,
     "rotation_dtype": torch.float64,
     "max_rotated_dim": 4,
+    "batch_dims": 1,
+    "split_rows": (2, 2),
 }
 
 
@@ -187,14 +189,15 @@ def planned(rank: int, make: Make, options: dict[str, Any], editors: int) -> lis
     for name, value in PLAN.items():
         before = values(named)
         group = opt.param_groups[0]
-        old = group[name]
+        old = dict(group)
         if rank < editors:
             group[name] = value
         with pytest.raises(ValueError) as caught:
             step(opt, named, 1)
         assert not differing(before, values(named))
         messages.append(str(caught.value))
-        group[name] = old
+        group.clear()
+        group.update(old)
     step(opt, named, 1)
     assert float(opt.state[named[0][1]]["step"]) == 2.0
     return messages
@@ -207,7 +210,7 @@ def test_a_planned_option_cannot_change_and_every_rank_says_so(layout, editors):
     assert all(messages == results[0] for messages in results)
     for (name, value), message in zip(PLAN.items(), results[0]):
         was = {"rotate": True, "sides": "one", "side": "auto", "momentum": True}
-        old = {**was, "max_rotated_dim": 8192}.get(name)
+        old = {**was, "max_rotated_dim": 8192, "batch_dims": 0}.get(name)
         assert f"wide: {name} of its param group changed from {old!r}" in message
         assert f"to {value!r}" in message and "nothing has changed" in message
 

@@ -32,21 +32,21 @@ TABLE = {
         "embedding": "embed_tokens",
         "matrix": "k_proj o_proj q_proj v_proj",
         "router": "gate",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "head": "lm_head",
     },
     "qwen2_moe": {
         "embedding": "embed_tokens",
         "matrix": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
         "router": "gate",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "a side of 1": "shared_expert_gate",
         "head": "lm_head",
     },
     "qwen3_moe": {
         "embedding": "embed_tokens",
         "matrix": "k_proj o_proj q_proj v_proj",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "router": "gate",
         "head": "lm_head",
     },
@@ -56,7 +56,7 @@ TABLE = {
             "down_proj gate_proj kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj "
             "q_b_proj up_proj"
         ),
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "router": "gate",
         "head": "lm_head",
     },
@@ -64,7 +64,7 @@ TABLE = {
         "embedding": "embed_tokens",
         "matrix": "k_proj o_proj q_proj v_proj",
         "router": "router",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "bias": "experts.down_proj_bias experts.gate_up_proj_bias",
         "head": "lm_head",
     },
@@ -72,14 +72,14 @@ TABLE = {
         "embedding": "embed_tokens",
         "matrix": "k_proj o_proj q_proj v_proj",
         "router": "gate",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "head": "lm_head",
     },
     "phimoe": {
         "embedding": "embed_tokens",
         "matrix": "k_proj o_proj q_proj v_proj",
         "router": "router",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "head": "lm_head",
     },
     "jamba": {
@@ -91,7 +91,7 @@ TABLE = {
             "up_proj v_proj x_proj"
         ),
         "router": "router",
-        "stack of 4 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "head": "lm_head",
     },
     "mamba": {
@@ -248,7 +248,7 @@ TABLE = {
     "aria": {
         "learned token": "multi_modal_projector.query",
         "router": "router",
-        "stack of 8 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "head": "lm_head",
     },
     "bark": {
@@ -266,7 +266,7 @@ TABLE = {
         "stack of matrices": "o_a_proj",
         "bias": "compressor.position_bias indexer.position_bias",
         "router": "gate",
-        "stack of 256 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "hyper-connection": "attn_hc.fn ffn_hc.fn hc_head.hc_fn",
         "head": "lm_head",
     },
@@ -288,7 +288,7 @@ TABLE = {
         "depthwise convolution": "conv1d",
         "hyper-connection": "attn_hc.fn ffn_hc.fn",
         "position table": "indexer.index_kpool_compress_ape",
-        "stack of 288 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "router": "gate",
         "head": "lm_head",
     },
@@ -300,12 +300,12 @@ TABLE = {
     "inkling2": {
         "depthwise convolution": "conv1d",
         "scale": "q_l2_clip.scale rel_l2_clip.scale",
-        "stack of 384 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
         "router": "gate",
         "head": "lm_head",
     },
     "jetmoe": {
-        "stack of 8 matrices": "input_linear output_linear",
+        "stacked experts": "input_linear output_linear",
         "router": "layer",
     },
     "kosmos2": {
@@ -402,7 +402,7 @@ TABLE = {
         "stack of 10 matrices": "conv_qk_grouped",
         "by name rotated: groups": "conv_qk_grouped",
         "router": "down_proj fc1 fc2 out_proj",
-        "stack of 16 matrices": "experts.down_proj experts.gate_up_proj",
+        "stacked experts": "experts.down_proj experts.gate_up_proj",
     },
     "dlrm": {
         "by name rotated: unusual name": "bag",
@@ -462,7 +462,7 @@ TABLE = {
     },
     "torchtitan's llama": {
         "router": "gate",
-        "stack of 4 matrices": "experts.w1",
+        "stacked experts": "experts.w1",
         "by name rotated: norm of matrices": "norm",
         "head": "output",
     },

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
-from sharded_adadiag.algorithm.matrixize import matrix_shape
+from sharded_adadiag.plan.view import MatrixView
 
 CLASSES = {"AdaDiag": AdaDiag, "AdafacDiag": AdafacDiag, "HfacDiag": HfacDiag}
 
@@ -218,7 +218,7 @@ def gradient(case: RandomCase, i: int, step: int) -> Tensor | None:
     kind, full = param.grads[step], noise(1000 + 10 * step + i, param.shape)
     if kind is None:
         return None
-    matrix = full.reshape(matrix_shape(param.shape))
+    matrix = full.reshape(MatrixView.of(param.shape).stored)
     rows, cols = matrix.shape
     if kind == "rank one":
         matrix = torch.outer(matrix.sum(1), matrix.sum(0))

@@ -6,7 +6,7 @@ import torch
 
 from sharded_adadiag.options import Options
 from sharded_adadiag.plan.geometry import Box, Layout
-from sharded_adadiag.plan.matrices import ParamSpec
+from sharded_adadiag.plan.spec import ParamSpec
 
 
 def spec(name: str, *shape: int, **options) -> ParamSpec:

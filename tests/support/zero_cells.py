@@ -81,6 +81,7 @@ class Model(nn.Module):
         unused: bool = False,
         branch: bool = False,
         experts: bool = False,
+        stack: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
@@ -99,6 +100,8 @@ class Model(nn.Module):
             self.moe.experts = nn.Module()
             self.moe.experts.gate_up_proj = nn.Parameter(torch.zeros(4, WIDTH, WIDTH))
             self.moe.experts.bias = nn.Parameter(torch.zeros(4, WIDTH))
+        if stack:
+            self.stack = nn.Parameter(torch.zeros(3, WIDTH, WIDTH))
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)  # the last one is the head
         if tied:
             self.lm_head.weight = self.embed.weight
@@ -109,6 +112,8 @@ class Model(nn.Module):
             x = x + self.fixed(x)
         if hasattr(self, "into"):
             x = x + self.zero_init(torch.tanh(self.into(x)))
+        if hasattr(self, "stack"):
+            x = x + torch.tanh(x @ self.stack[0]) @ self.stack[1] @ self.stack[2]
         return self.lm_head(self.down(torch.tanh(self.up(x))) * self.scale)
 
 
@@ -316,6 +321,23 @@ def run_cells(rank: int, world_size: int, cells: list[Cell]) -> dict[str, Any]:
                 raise
             results[cell.name] = {"moved": 1.0}  # DeepSpeed refuses it by name
         print(cell.stage, cell.name, results[cell.name], file=sys.stderr, flush=True)
+    return results
+
+
+def followed(rank: int, world_size: int, cells: list[Cell]) -> dict[str, Any]:
+    """What the slow reference does not know: the difference to the follower only."""
+    deepspeed = start_deepspeed(rank, world_size)
+    results: dict[str, Any] = {}
+    for cell in cells:
+        model, engine = build(cell, deepspeed)
+        follower = Follower(model, cell, deepspeed)
+        advance(engine, cell, range(STEPS), follower)
+        got = full_weights(model, deepspeed)
+        masters = {n: m.detach().to(got[n].dtype) for n, m in follower.masters.items()}
+        moved = largest(got, weights(Model(**cell.model)))
+        keys = set(engine.optimizer.optimizer._binding.prepared().plan.matrices)
+        stacks = {m.share.kind for m in keys}
+        results[cell.name] = largest(got, masters), moved, stacks
     return results
 
 

@@ -1,0 +1,175 @@
+"""The states of a parameter's matrices in their saved form.
+
+A stack's states are saved with the dimensions that count the matrices in front, so
+moments have the parameter's shape. Of a parameter that is several blocks of rows, what
+has a row for each of its rows is saved as one tensor, and all else (rotations, and
+moments of columns) by block, with the block's number behind the key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharded_adadiag.checkpoint.logical import StateTensor, vector_layout
+from sharded_adadiag.plan.geometry import Box, Layout, on_team
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.spec import ParamSpec
+
+ROTATIONS = {"rotation_left": ("m", "m"), "rotation_right": ("n", "n")}
+
+
+class _Run(NamedTuple):
+    """Consecutive matrices of a stack that one rank keeps one after the other."""
+
+    owner: int
+    first: int
+    size: int
+    place: int  # in the tensor that the owner keeps
+
+
+def saved_tensors(
+    spec: ParamSpec, plans: Sequence[MatrixPlan], world_size: int
+) -> Iterator[StateTensor]:
+    """Every tensor that is saved of a parameter's matrices.
+
+    Args:
+        spec: The parameter.
+        plans: Of its matrices, in order.
+        world_size: Number of ranks.
+
+    Yields:
+        The tensors, the same on every rank.
+    """
+    kind = plans[0].share.kind
+    if kind == "stack":
+        runs = _runs(plans)
+        for key in _dims(plans[0]):
+            yield _of_stack(spec, plans[0], key, runs, world_size)
+        return
+    for key, dims in plans[0].moments.items():
+        if kind == "all" or dims[0] == "m":
+            yield _of_rows(spec, plans, key, dims)
+    for plan in plans:
+        for key, dims in _dims(plan).items():
+            if key in ROTATIONS or (kind == "block" and dims[0] != "m"):
+                yield _of_one(plan, key, dims, world_size)
+
+
+def live_blocks(
+    plans: Sequence[MatrixPlan], state: Mapping[str, Tensor], key: str, rank: int
+) -> list[Tensor]:
+    """Where the blocks of a saved tensor are in the live state; views.
+
+    Args:
+        plans: Of the parameter's matrices, in order.
+        state: This rank's state of the parameter.
+        key: Of the saved tensor.
+        rank: This rank.
+
+    Returns:
+        A tensor for each block of the saved tensor.
+    """
+    if plans[0].share.kind == "stack":
+        places = [
+            next(((r.place, r.size) for r in some if r.owner == rank), (0, 0))
+            for some in _runs(plans)
+        ]
+        return [state[key][place : place + count] for place, count in places]
+    if key in state:
+        return [state[key]]
+    return [state[key + plan.share.suffix] for plan in plans]
+
+
+def _dims(plan: MatrixPlan) -> dict[str, tuple[str, ...]]:
+    """The states of a matrix, each with the dimensions of its shape."""
+    wanted = {"rotation_left": plan.left, "rotation_right": plan.right}
+    return plan.moments | {k: dims for k, dims in ROTATIONS.items() if wanted[k]}
+
+
+def _runs(plans: Sequence[MatrixPlan]) -> list[list[_Run]]:
+    """The runs of a stack, with no two of one rank in a list."""
+    runs: list[_Run] = []
+    for plan in plans:
+        owner, share = plan.route.owner, plan.share
+        if runs and runs[-1].owner == owner:
+            # What a rank keeps of a stack lies in the order of the stack.
+            runs[-1] = runs[-1]._replace(size=runs[-1].size + share.count)
+        else:
+            runs.append(_Run(owner, share.first, share.count, share.place))
+    lists: list[list[_Run]] = [[]]
+    taken: set[int] = set()
+    for run in runs:
+        if run.owner in taken:
+            lists.append([])
+            taken.clear()
+        lists[-1].append(run)
+        taken.add(run.owner)
+    return lists
+
+
+def _of_stack(
+    spec: ParamSpec,
+    plan: MatrixPlan,
+    key: str,
+    runs: Sequence[Sequence[_Run]],
+    world_size: int,
+) -> StateTensor:
+    """Each matrix's state is a row of the view."""
+    sizes = dict(zip("mn", plan.shape))
+    shape = tuple(sizes[d] for d in _dims(plan)[key])
+    cols, blocks = math.prod(shape), []
+    for some in runs:
+        top = some[0].first
+        pieces = sorted(
+            (r.owner, Box(r.first - top, r.first - top + r.size, 0, cols)) for r in some
+        )
+        placed = tuple((box, range(owner, owner + 1)) for owner, box in pieces)
+        layout = Layout(world_size, placed, Box(0, 0, 0, cols))
+        blocks.append((sum(r.size for r in some), layout))
+    whole = (*spec.view.batch, *shape)
+    return StateTensor(spec.name, key, whole, cols, tuple(blocks), _dtype(plan, key))
+
+
+def _of_rows(
+    spec: ParamSpec, plans: Sequence[MatrixPlan], key: str, dims: tuple[str, ...]
+) -> StateTensor:
+    """A moment whose rows are those of the parameter, or its entries."""
+    cols = plans[0].shape[1] if dims == ("m", "n") else 1
+    blocks = []
+    for plan in plans:
+        layout = plan.route.moments.layout
+        if dims != ("m", "n"):
+            layout = vector_layout(layout, of_rows=dims == ("m",))
+        blocks.append((plan.shape["mn".index(dims[0])], layout))
+    shape = spec.shape if dims == ("m", "n") else (sum(rows for rows, _ in blocks),)
+    return StateTensor(
+        spec.name, key, shape, cols, tuple(blocks), plans[0].moment_dtype
+    )
+
+
+def _of_one(
+    plan: MatrixPlan, key: str, dims: tuple[str, ...], world_size: int
+) -> StateTensor:
+    """A state that is saved by matrix."""
+    length = plan.shape["mn".index(dims[0])]
+    if key in ROTATIONS:
+        cols, layout = length, on_team(plan.route.team, length, length, world_size)
+    else:
+        cols, layout = 1, vector_layout(plan.route.moments.layout, of_rows=False)
+    return StateTensor(
+        plan.view.name,
+        key + plan.share.suffix,
+        (length,) * len(dims),
+        cols,
+        ((length, layout),),
+        _dtype(plan, key),
+    )
+
+
+def _dtype(plan: MatrixPlan, key: str) -> torch.dtype:
+    return plan.rotation_dtype if key in ROTATIONS else plan.moment_dtype

@@ -1,0 +1,50 @@
+"""What is the same on every rank about one parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from sharded_adadiag.options import Options
+from sharded_adadiag.plan.view import MatrixView
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """What is the same on every rank about one parameter.
+
+    Attributes:
+        name: Its name, or its position as text.
+        shape: Its logical shape.
+        dtype: Its dtype.
+        grad_dtype: Of its gradient, and of that on its way between ranks.
+        options: Its group's options.
+        width: Columns of the view in which its layout is given; None: as usual.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    options: Options
+    width: int | None = None
+
+    @property
+    def view(self) -> MatrixView:
+        """How it is seen as matrices."""
+        return MatrixView.with_options(self.shape, self.options)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns of the view in which its layout is given."""
+        rows, cols = self.view.stored
+        if self.width is None:
+            return rows, cols
+        return rows * cols // self.width if self.width else 0, self.width
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """Of the computation: float32, or as wide as the parameter or its gradient."""
+        widest = torch.promote_types(self.dtype, self.grad_dtype)
+        return torch.promote_types(widest, torch.float32)
