@@ -44,6 +44,7 @@ def run_round(step: Step, round_: Round, batches: Batches, failures: Failures) -
     work: Work = [
         step.gradient(part.matrix, again=not part.whole) for part in round_.parts
     ]
+    given = list(work)
     place = {id(part): i for i, part in enumerate(round_.parts)}
     mine = step.working(batches)
     depth = len(round_.moves)
@@ -59,7 +60,8 @@ def run_round(step: Step, round_: Round, batches: Batches, failures: Failures) -
         and step.refresh_due(part.matrix)
     ]
     refresh_here(step, [(p.matrix, work[place[id(p)]]) for p in owned], failures)
-    yield from _update(step, mine, work, place, failures)
+    moved = [now is not then for now, then in zip(work, given)]
+    yield from _update(step, mine, work, (place, moved), failures)
     for k in reversed(range(depth)):
         yield from _hop(round_, k, work, back=True)
         _rotate(step, mine, k, work, place, failures, back=True)
@@ -130,15 +132,21 @@ def _update(
     step: Step,
     batches: Batches,
     work: Work,
-    place: dict[int, int],
+    where: tuple[dict[int, int], list[bool]],
     failures: Failures,
 ) -> Job:
     """Rotate, update the moments and rotate back, in the last stage of each part."""
+    place, moved = where
 
     def keep(batch: Sequence[Part], results: Sequence[Tensor]) -> None:
         for part, result in zip(batch, results):
-            if step.rank in part.matrix.route.team:
-                work[place[id(part)]] = result
+            if step.rank not in part.matrix.route.team:
+                continue
+            i = place[id(part)]
+            if moved[i]:  # an update may take the gradient's room: there is no more
+                work[i].copy_(result)
+            else:
+                work[i] = result
 
     waiting: list[tuple[Sequence[Part], Sums[list[Tensor]]]] = []
     for batch in batches:
