@@ -173,7 +173,7 @@ def test_the_architecture_has_a_word_on_every_room() -> None:
 
 # ---------------------------------------------------------------- options
 
-FIXED = {"distribution", "process_group", "exclude"}
+FIXED = {"distribution", "buffer_bytes", "process_group", "exclude"}
 
 
 def option_rows() -> dict[str, tuple[str, str, str, str]]:
