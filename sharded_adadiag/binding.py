@@ -84,6 +84,7 @@ class Binding:
         self._sizes: list[int] = []
         self._params: list[Tensor] = []
         self.flats = FlatStates(self.optimizer)
+        self.has_flats = False
 
     def states(self) -> list[dict[str, Any]]:
         """The states of all parameters, as they are held; users may add other keys."""
@@ -112,9 +113,10 @@ class Binding:
         engine = self._engine
         if engine is None or self._has_new():
             engine = self._plan_new(together=together)
-        if together:
+        if together and self.has_flats:
             self.flats.verify(engine.comm)
-        self.flats.absorb(engine)
+        if self.has_flats:
+            self.flats.absorb(engine)
         return engine
 
     def step(self) -> None:
@@ -124,7 +126,7 @@ class Binding:
             ValueError: On every rank, if the ranks' parameters or options do not match.
         """
         engine = self._engine
-        if engine is None or engine.comm.size == 1 or self.flats:
+        if engine is None or engine.comm.size == 1 or self.has_flats:
             engine = self.prepared(together=True)
             engine.step()
         else:
@@ -138,7 +140,7 @@ class Binding:
     def save_state(self) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of every tensor in the groups; a collective."""
         engine = self.prepared()
-        if self.flats:
+        if self.has_flats:
             return self.flats.save(engine)
         params = {
             id(entry): param
@@ -165,7 +167,7 @@ class Binding:
         if not saved:
             return
         engine = self.prepared()
-        if self.flats:
+        if self.has_flats:
             self.flats.load(engine, saved)
             return
         _saved_state(engine).load(self._by_place(engine, saved))
@@ -242,8 +244,8 @@ class Binding:
         if not edited or self._engine is None:
             return
         self._engine.regroup()
-        self._left = [p for p in self._planned if p not in place and not self.flats]
-        for group in [] if self.flats else self._groups:
+        self._left = [p for p in self._planned if p not in place and not self.has_flats]
+        for group in [] if self.has_flats else self._groups:
             known = [self._planned.get(p, []) for p in group["params"]]
             # Saved forms tell states by name, so names go where the parameters go.
             if "param_names" in group and all(known):
@@ -334,6 +336,7 @@ class Binding:
             last = first + count
             self._planned[found.param] = engine.entries[first:last]
             if found.flat:
+                self.has_flats = True
                 self.flats.add(found.param, parts[found.param], range(first, last))
             first = last
 

@@ -24,6 +24,7 @@ from sharded_adadiag.options import (
 )
 from sharded_adadiag.params.admission import admit, warn_of_unsorted
 from sharded_adadiag.params.callers import (
+    backward_pass,
     refuse_in_backward,
     refuse_local_scaler,
 )
@@ -222,7 +223,8 @@ class RotatedOptimizer(Optimizer):
                 reduced (nothing has changed then), or if an owner failed; also
                 inside a backward pass.
         """
-        refuse_in_backward(self.method.name)
+        if backward_pass() != -1:
+            refuse_in_backward(self.method.name)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -8,7 +8,9 @@ import zlib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sharded_adadiag.options import PLANNED, STEERING, Options
+from torch import Tensor
+
+from sharded_adadiag.options import OPTION_NAMES, PLANNED, STEERING, Options
 from sharded_adadiag.params.entry import Entry
 from sharded_adadiag.plan.matrices import MatrixPlan
 
@@ -56,6 +58,7 @@ class GroupOptions:
         self.matrices = matrices
         self.cut = cut
         self._known: list[tuple[Any, ...]] | None = None
+        self._last: dict[int, tuple[list[Any], Options | None]] = {}
         self._fingerprint = 0
         self._groups = {id(e.group): e.group for e in self.entries if e.member}
 
@@ -64,7 +67,7 @@ class GroupOptions:
         options: dict[int, Options] = {}
         try:
             for key, group in self._groups.items():
-                options[key] = Options.from_group(group)
+                options[key] = self._validated(key, group)
         except (TypeError, ValueError) as error:
             return Reading({}, f"{self._first_of(key)}: {error}", 0)
         known = [(*_planned(own), *_steering(own)) for own in options.values()]
@@ -75,6 +78,16 @@ class GroupOptions:
             text = repr([row[1:] for row in self.membership(options)])
             self._known, self._fingerprint = known, zlib.crc32(text.encode()) >> 1
         return Reading(options, "", self._fingerprint)
+
+    def _validated(self, key: int, group: dict[str, Any]) -> Options:
+        """The options of a group, made anew only where a value is another one."""
+        values = [group.get(name) for name in OPTION_NAMES]
+        last, options = self._last.get(key, ([], None))
+        # A tensor may have another value though it is the same one.
+        if options is None or isinstance(group["lr"], Tensor) or values != last:
+            options = Options.from_group(group)
+            self._last[key] = values, options
+        return options
 
     def membership(self, options: dict[int, Options]) -> Membership:
         """What the ranks must agree on; groups are numbered as they are met.
