@@ -41,12 +41,14 @@ class Binding:
     sharded, moved or given storage. Parameters that appear later join it.
 
     Args:
-        optimizer: Whose parameters and states they are.
-        method: Its method.
+        optimizer: The optimizer, whose groups and states are read at every step.
+        method: Its rule.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What the exchanges of a step may take on a rank, or None.
-        process_group: What the user passed, or None.
-        exclusion: Which parameters are not rotated because of their names.
+        buffer_bytes: Bytes that a step's exchanges may take on a rank; None: a share of
+            the state.
+        process_group: The ranks that share the parameters; None: as the parameters
+            tell.
+        exclusion: Tells which parameters are not rotated because of their names.
 
     Attributes:
         kept: The saved form of the states of parameters that were frozen when it was
@@ -159,7 +161,7 @@ class Binding:
         """Put a saved state where the plan wants it; a collective unless it is empty.
 
         Args:
-            saved: By tensor in the groups.
+            saved: The saved form of the state of each tensor in the groups.
             held: The tensors that had a state before.
         """
         lost = {*held, *self.kept} - set(saved)

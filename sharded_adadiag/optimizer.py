@@ -67,8 +67,8 @@ class RotatedOptimizer(Optimizer):
             ``"skip"`` the step on every rank, or ``"ignore"``. If all groups ignore,
             ranks agree on nothing before a step, so that groups which only some
             ranks have edited, and options made invalid on one, go unnoticed there.
-        state_dtype: Of the moments; None is the parameter's.
-        rotation_dtype: Of the rotations; None is the moments'.
+        state_dtype: Dtype of the moments; None is the parameter's.
+        rotation_dtype: Dtype of the rotations; None is the moments'.
         distribution: ``"owner"`` (each matrix is computed by one rank),
             ``"broadcast"`` (all ranks compute their own blocks of every matrix), or
             ``"auto"``: each matrix has the few ranks that balance the work best.
@@ -134,7 +134,7 @@ class RotatedOptimizer(Optimizer):
                 f"invalid buffer_bytes: got {buffer_bytes!r}, "
                 "it must be an integer >= 1, or None"
             )
-        communicator(process_group)  # a wrong group is an error now, not later
+        communicator(process_group)  # validate the group eagerly
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
         defaults = {name: as_number(value) for name, value in defaults.items()}
@@ -285,7 +285,7 @@ class RotatedOptimizer(Optimizer):
         are names), however they are ordered and grouped, else by position. Tensors may
         be full ones or DTensors of any placement. No state changes its dtype, other
         than to the one this optimizer keeps. A rotation that is missing is taken for
-        the identity; if another state is missing the parameter starts afresh; both,
+        the identity; if another state is missing the parameter starts from zero; both,
         and keys that are unknown, are warned of. The state of a frozen parameter is
         kept, saved again, and used when it is trained. Call it on every rank.
 
@@ -302,7 +302,7 @@ class RotatedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group cannot be pickled, and the plan is made anew.
+        # A process group cannot be pickled, and the copy makes a plan of its own.
         binding = {
             "_distribution": self._binding.distribution,
             "_buffer_bytes": self._binding.buffer_bytes,

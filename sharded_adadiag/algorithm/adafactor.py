@@ -37,12 +37,12 @@ def adafactor(
         grad: Gt, ``[m, n]`` or a block of it.
         state: ``exp_avg_sq_row`` ``[m]``, ``exp_avg_sq_col`` ``[n]`` and, with
             momentum, ``exp_avg`` ``[m, n]``; modified in place.
-        options: For ``betas`` and ``clip_threshold``.
+        options: Its ``betas`` (b1, b2) and ``clip_threshold`` (d) are used.
         step: t, counted from 1.
         shape: ``(m, n)`` of the full matrix.
 
     Yields:
-        Sums over the entries at hand.
+        Sums over the block's entries; the answers are those over the full matrix.
 
     Returns:
         U.
@@ -64,7 +64,7 @@ def corrected_decay(beta: float, step: int) -> float:
     """``b (1 - b^(t-1)) / (1 - b^t)``: 0 at the first step.
 
     Args:
-        beta: b.
+        beta: b, in [0, 1).
         step: t, counted from 1.
 
     Returns:
@@ -77,9 +77,9 @@ def moving_average_(moment: Tensor, value: Tensor, decay: float) -> Tensor:
     """``moment = decay * moment + (1 - decay) * value``, in place.
 
     Args:
-        moment: The stored average, in its own dtype.
-        value: What is averaged, in the dtype of the computation.
-        decay: Weight of the past.
+        moment: The stored average, of any shape, in its own dtype; modified in place.
+        value: The new term, of that shape, in the dtype of the computation.
+        decay: Weight of the stored average, in [0, 1].
 
     Returns:
         The new average in ``value``'s dtype, before it was rounded for storage.
@@ -129,7 +129,7 @@ def clip(
 
     Args:
         update: U, ``[m, n]`` or a block of it.
-        threshold: d.
+        threshold: d, the largest RMS that is left as it is.
         shape: ``(m, n)`` of the full matrix.
 
     Yields:

@@ -31,9 +31,9 @@ def adam(
     """Steps 4-6 for a batch of matrices, as a rule that never waits for a sum.
 
     Args:
-        grads: Gradients in the basis wanted, ``[m, n]`` or a block of it.
+        grads: Gradients in the basis of the moments, ``[m, n]`` or a block of it.
         states: ``exp_avg`` and ``exp_avg_sq`` ``[m, n]`` of each; modified in place.
-        options: For ``betas`` and ``eps``.
+        options: Its ``betas`` and ``eps`` are used.
         steps: t of each, counted from 1.
         shape: ``(m, n)`` of the full matrices.
 
@@ -56,10 +56,10 @@ def adam_directions(
     """Steps 4-6 for tensors of any shapes.
 
     Args:
-        grads: Gradients in the basis wanted.
+        grads: Gradients of any shapes, in the basis of the moments.
         states: ``exp_avg`` and ``exp_avg_sq`` of each, modified in place. Without
             ``exp_avg`` the gradient itself stands for the first moment.
-        options: For ``betas`` and ``eps``.
+        options: Its ``betas`` and ``eps`` are used.
         steps: t of each, counted from 1.
 
     Returns:

@@ -6,8 +6,8 @@ with more accurate small directions and never needs the other side.
 
 The sign of a singular pair is arbitrary. It is fixed here, so that no result
 depends on LAPACK or cuSOLVER: the entry of largest magnitude of each left vector
-is positive and its partner follows; a vector without a partner at hand
-obeys the rule itself.
+is positive and its partner follows; a vector without a partner obeys the rule
+itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def basis_of_gram(gram: Tensor, dtype: torch.dtype) -> Tensor | None:
 
     Args:
         gram: ``[k, k]``, symmetric, float64: ``G G^T`` or ``G^T G``.
-        dtype: Of the result.
+        dtype: Dtype of the eigenvectors that are returned.
 
     Returns:
         ``[k, k]`` with orthonormal columns, or None if there is no finite result.
@@ -98,7 +98,7 @@ def gram_matrix(grad: Tensor, *, left: bool) -> Tensor:
 
     Args:
         grad: ``[m, n]``, or a block of it that is whole on the wanted side.
-        left: Which side.
+        left: ``G G^T`` rather than ``G^T G``.
 
     Returns:
         ``[m, m]`` or ``[n, n]``, float64.

@@ -39,12 +39,12 @@ def hfac(
         grad: Gt, ``[m, n]`` or a block of it.
         state: ``exp_avg_row`` and ``exp_avg_sq_row`` ``[m]``, ``exp_avg_col`` and
             ``exp_avg_sq_col`` ``[n]``; modified in place.
-        options: For ``betas`` and ``clip_threshold``.
+        options: Its ``betas`` (b1, b2) and ``clip_threshold`` (d) are used.
         step: t, counted from 1.
         shape: ``(m, n)`` of the full matrix.
 
     Yields:
-        Sums over the entries at hand.
+        Sums over the block's entries; the answers are those over the full matrix.
 
     Returns:
         U.

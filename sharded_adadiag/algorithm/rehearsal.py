@@ -19,8 +19,8 @@ class Asked(NamedTuple):
 
     Attributes:
         over: What is summed over: ``"rows"``, ``"cols"`` or ``"all"`` entries.
-        dtype: Of the sum.
-        nbytes: Its bytes.
+        dtype: Dtype of the sum.
+        nbytes: Bytes of the sum.
     """
 
     over: Literal["rows", "cols", "all"]
@@ -39,9 +39,9 @@ def rehearse(
 
     Args:
         rule: The optimizer.
-        block: Shape and dtype of the block of the rotated gradient at hand.
+        block: Shape and dtype of one rank's block of the rotated gradient.
         states: Shape and dtype of what is kept for that block.
-        options: Of the matrix.
+        options: The options of the matrix's group.
         shape: ``(m, n)`` of the full matrix.
 
     Returns:

@@ -74,8 +74,8 @@ def suppress_noise(rotated: Sequence[Tensor], floor: float) -> Sums[list[Tensor]
     The norm of the rotated gradient is the gradient's own.
 
     Args:
-        rotated: Rotated gradients, or blocks of them.
-        floor: 0 changes nothing.
+        rotated: Rotated gradients ``[m, n]``, or blocks of them.
+        floor: A share of the matrix's Frobenius norm, >= 0; 0 changes nothing.
 
     Yields:
         Sums of squares.
@@ -108,7 +108,7 @@ def reproject_(
         state: The matrix's moments, keyed as in ``optimizer.state``.
         old: The basis they are expressed in, ``[k, k]``.
         new: The basis wanted, ``[k, k]``.
-        left: Whether this is P or Q.
+        left: The bases are those of rows (P) rather than columns (Q).
     """
     change = new.mT @ old if left else old.mT @ new
     rows_or_cols = "row" if left else "col"

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     """One of the three optimizers, as far as a matrix is concerned.
 
     Attributes:
-        name: As in error messages.
+        name: The class's name, used in error messages.
         factored: Whether the base method needs the whole matrix even unrotated.
         rule: The moment rule (steps 4-6).
         moments: Names of the moments of a matrix under `rule`, each with the
@@ -59,7 +59,7 @@ def matrix_moments(method: Rule, options: Options) -> dict[str, tuple[str, ...]]
 
     Args:
         method: The optimizer.
-        options: For ``momentum``.
+        options: Its ``momentum`` is used.
 
     Returns:
         Names and dimensions.
@@ -75,7 +75,7 @@ def plain_moments(method: Rule, options: Options) -> tuple[str, ...]:
 
     Args:
         method: The optimizer.
-        options: For ``momentum``.
+        options: Its ``momentum`` is used.
 
     Returns:
         Their names.
@@ -89,7 +89,7 @@ def moment_dtype(options: Options, parameter: torch.dtype) -> torch.dtype:
     """Dtype of the moments: as asked for, else the parameter's (as torch.optim).
 
     Args:
-        options: For ``state_dtype``.
+        options: Its ``state_dtype`` is used.
         parameter: The parameter's dtype.
 
     Returns:
@@ -102,7 +102,7 @@ def rotation_dtype(options: Options, parameter: torch.dtype) -> torch.dtype:
     """Dtype of the rotations: as asked for, else the moments'.
 
     Args:
-        options: For ``rotation_dtype`` and ``state_dtype``.
+        options: Its ``rotation_dtype`` and ``state_dtype`` are used.
         parameter: The parameter's dtype.
 
     Returns:
@@ -119,7 +119,7 @@ def rotated_sides(shape: tuple[int, int], options: Options) -> tuple[bool, bool]
 
     Args:
         shape: Rows and columns of the matrix view.
-        options: For ``rotate``, ``sides``, ``side`` and ``max_rotated_dim``.
+        options: Its ``rotate``, ``sides``, ``side`` and ``max_rotated_dim`` are used.
 
     Returns:
         ``(left, right)``; both False for a matrix whose rotated dimension is over

@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 class PartialSum(NamedTuple):
-    """A sum over the part of a matrix that is at hand.
+    """A sum over the block of a matrix that this rank has.
 
     Attributes:
         value: The sum, of any shape.
         over: What was summed over: ``"rows"``, ``"cols"`` or ``"all"`` entries.
-        matrix: Position of the matrix in its batch, to tell which piece it is of.
+        matrix: Position of the matrix in its batch.
     """
 
     value: Tensor

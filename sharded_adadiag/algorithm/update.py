@@ -37,7 +37,7 @@ def basis_of(grad: Tensor, state: State, options: Options) -> Basis:
     Args:
         grad: G_t, ``[m, n]``, in the dtype of the computation.
         state: Moments and rotations; a side is rotated if it has a rotation here.
-        options: For ``basis``.
+        options: Its ``basis`` is used.
 
     Returns:
         The basis; both sides are None where there is no new one.
@@ -75,7 +75,7 @@ def update(
         right: Q is applied here.
 
     Yields:
-        Sums over the entries at hand.
+        Sums over the blocks' entries; the answers are those over full matrices.
 
     Returns:
         ``P N_t Q^T`` of each, or its block.
@@ -106,7 +106,7 @@ def moment_rule(
         shape: ``(m, n)`` of the full matrices.
 
     Yields:
-        Sums over the entries at hand.
+        Sums over the blocks' entries; the answers are those over full matrices.
 
     Returns:
         N_t of each.
@@ -122,8 +122,8 @@ def install(state: State, basis: Basis, options: Options) -> None:
     Args:
         state: The matrix's state; modified in place.
         basis: The new basis; a side that is None stays as it is.
-        options: For ``on_refresh``. Where there was no basis yet the moments are
-            re-expressed from the original frame.
+        options: Its ``on_refresh`` is used. Where there was no basis yet the moments
+            are re-expressed from the original frame.
     """
     for key, new in (("rotation_left", basis.left), ("rotation_right", basis.right)):
         if new is None:
@@ -157,7 +157,7 @@ def rotations(states: Sequence[State], key: str, like: Tensor) -> list[Tensor] |
     """One side's rotations of a batch in the dtype of the computation.
 
     Args:
-        states: Of the matrices.
+        states: The state of each matrix, with square rotations if it has any.
         key: ``"rotation_left"`` or ``"rotation_right"``.
         like: A tensor with the wanted dtype.
 

@@ -47,8 +47,8 @@ def saving(optimizer: Optimizer, binding: Binding) -> Generator[None]:
     """While torch packs a state dict: its states become logical.
 
     Args:
-        optimizer: Whose state dict it is.
-        binding: Its binding.
+        optimizer: The optimizer that is saved.
+        binding: Converts its states, a collective.
     """
     live = optimizer.state
 
@@ -85,8 +85,8 @@ def loading(optimizer: Optimizer, binding: Binding) -> Generator[None]:
     Torch would cast every state to its parameter's dtype.
 
     Args:
-        optimizer: Which loads it.
-        binding: Its binding.
+        optimizer: The optimizer that loads; its states and groups are replaced.
+        binding: Converts the given states, a collective.
     """
     params = _params(optimizer)
     held = [param for param in params if param in optimizer.state]
@@ -134,7 +134,7 @@ def read_stamps(groups: list[dict[str, Any]]) -> int:
     """The skipped steps that `stamp` has noted.
 
     Args:
-        groups: Of a state dict.
+        groups: The ``param_groups`` of a state dict.
 
     Returns:
         Their number.

@@ -73,8 +73,8 @@ class LogicalState:
     """Converts state tensors of one group of ranks.
 
     Args:
-        comm: The ranks.
-        device: Where states are.
+        comm: The ranks that share the states.
+        device: Device of the states in use.
     """
 
     def __init__(self, comm: Communicator, device: torch.device) -> None:

@@ -34,7 +34,7 @@ class Exchange:
     """Makes exchanges over one group, in buffers that are kept and reused.
 
     Args:
-        comm: The group.
+        comm: The ranks that exchange; all of them make the same exchanges in order.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -58,13 +58,13 @@ class Exchange:
         """Move every matrix of the plan, and wait for the end.
 
         Args:
-            plan: The exchange.
-            pieces: As for `start`.
-            wire: As for `start`.
-            work: As for `start`.
-            device: As for `start`.
-            status: As for `start`.
-            into: As for `start`.
+            plan: What goes from whom to whom.
+            pieces: This rank's piece of each matrix in the source layout.
+            wire: Dtype of each matrix in the messages.
+            work: Dtype of each result.
+            device: Device of the pieces and of the results.
+            status: This rank's status word; 0 means success.
+            into: Name of the memory for messages and results; empty for new memory.
 
         Returns:
             What `Pending.finish` returns.
@@ -88,13 +88,13 @@ class Exchange:
         """Pack and send. On an accelerator the host waits for nothing.
 
         Args:
-            plan: The exchange.
+            plan: What goes from whom to whom.
             pieces: This rank's piece of each matrix in the source layout, in the
                 shape of its region. They stay as they are until the exchange ends.
-            wire: Dtype of each on the way.
-            work: Dtype wanted of each at the target.
-            device: Where the pieces are.
-            status: This rank's status word; 0 is well.
+            wire: Dtype of each matrix in the messages.
+            work: Dtype of each result.
+            device: Device of the pieces and of the results.
+            status: This rank's status word; 0 means success.
             into: Name of the memory for messages and results. The next exchange with
                 the same name overwrites it, and starts only when this one has ended.
                 Empty for memory of its own.
@@ -141,12 +141,12 @@ class Pending:
     """An exchange under way. Either `finish` or `parts` ends it, once.
 
     Attributes:
-        copies: What this rank does in it.
-        given: This rank's source pieces.
+        copies: Which entries this rank packs, sends, receives and unpacks.
+        given: This rank's piece of each matrix in the source layout.
         pieces: The same, contiguous.
-        wire: Dtype of each matrix on the way.
-        work: Dtype wanted of each.
-        device: Where the pieces are.
+        wire: Dtype of each matrix in the messages.
+        work: Dtype of each result.
+        device: Device of the pieces and of the results.
         status: This rank and its status word.
         into: Name of the memory; empty if each result has its own.
         memory: Gives bytes for a use on a device.
@@ -174,7 +174,7 @@ class Pending:
         """Pack what leaves this rank and start the all-to-all.
 
         Args:
-            comm: The group.
+            comm: The ranks that exchange.
         """
         copies, place = self.copies, comm.device(self.device)
         sent, got = _sizes(copies.sent, comm.size), _sizes(copies.received, comm.size)
@@ -296,7 +296,7 @@ class _Bytes:
     """Memory, seen as elements of any dtype.
 
     Args:
-        memory: Its bytes.
+        memory: 1-D tensor of ``uint8``.
     """
 
     def __init__(self, memory: Tensor) -> None:
@@ -321,8 +321,8 @@ def window(piece: Tensor, held: Region, wanted: Region, cols: int) -> Tensor:
     """The view of a region inside a piece.
 
     Args:
-        piece: The entries of ``held``, in its shape, contiguous.
-        held: A region.
+        piece: A contiguous tensor in the shape of ``held``.
+        held: The region whose entries the piece has.
         wanted: A region inside it, or an empty one.
         cols: Columns of the full matrix.
 

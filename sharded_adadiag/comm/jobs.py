@@ -28,7 +28,7 @@ class Transfer:
     """A planned exchange; the answer is this rank's piece of each item at its target.
 
     Attributes:
-        plan: The exchange.
+        plan: What goes from whom to whom.
         pieces: This rank's piece of each item in the source layout.
         wire: Dtype of each on the way.
         work: Dtype wanted of each at the target.
@@ -64,12 +64,12 @@ class Failures:
     it has. Its status word goes with the data, and who receives one passes it on.
 
     Args:
-        comm: The ranks.
+        comm: The ranks of the step.
 
     Attributes:
         status: 0, or ``1 + index * ranks + rank``: the parameter and the rank that
             failed.
-        error: What this rank itself met.
+        error: The first exception on this rank itself; None if it failed elsewhere.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -102,7 +102,7 @@ class Failures:
         """Raise if anything failed here or on a rank that sent its status word.
 
         Args:
-            names: By position of the parameter.
+            names: Name of each parameter, by its position.
 
         Raises:
             RuntimeError: It names the parameter and the rank.
@@ -175,10 +175,10 @@ def drive(
 
     Args:
         jobs: The jobs, each started when there is room for it.
-        exchange: Makes their transfers.
+        exchange: Packs and sends their transfers, over the same ranks.
         failures: Learns of the status words that come with data.
-        device: Where the jobs' tensors are.
-        in_flight: Jobs that may wait at the same time.
+        device: Device of the jobs' tensors.
+        in_flight: Most jobs at a time; buffers are made for so many.
     """
     needs = _Drive(exchange, failures, device)
     waiting = iter(jobs)

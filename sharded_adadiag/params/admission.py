@@ -45,9 +45,9 @@ def admit(
     (``lr_scale`` of timm, ``adaptive`` of SAM).
 
     Args:
-        group: As the user passed it; modified in place.
-        options: Those that the optimizer has.
-        told: Keys that were told before; modified in place.
+        group: The group that the user passed; modified in place.
+        options: Names of the options that the optimizer has.
+        told: Keys that have been logged before; modified in place.
         method: The optimizer.
     """
     for key in OPTION_NAMES:
@@ -70,10 +70,10 @@ def warn_of_unsorted(
     method: Rule,
     is_named: Callable[[Tensor], bool],
 ) -> None:
-    """Say that nobody has told matrices from embeddings and output heads.
+    """Warn if matrices cannot be told from embeddings and output heads.
 
     Args:
-        groups: Those that came without ``rotate``.
+        groups: The groups that were passed without ``rotate``.
         method: The optimizer.
         is_named: Whether DeepSpeed has named a parameter, which is enough to tell.
     """

@@ -41,7 +41,7 @@ def refuse_local_scaler(scaler: Any, groups: list[dict[str, Any]]) -> None:
     pieces of FSDP1 are plain tensors: one rank would skip and the others wait for it.
 
     Args:
-        scaler: Who is about to call ``step``.
+        scaler: The caller of ``step``, of any type.
         groups: The optimizer's param groups.
 
     Raises:

@@ -16,7 +16,7 @@ class Exclusion:
     """Which parameters are not rotated because of their names.
 
     Args:
-        patterns: ``fnmatch`` patterns of the user.
+        patterns: One ``fnmatch`` pattern, or several, that the user gave.
     """
 
     def __init__(self, patterns: str | Iterable[str]) -> None:
@@ -28,10 +28,10 @@ class Exclusion:
         """Whether a parameter may be rotated.
 
         Args:
-            name: Of the parameter.
+            name: The parameter's name.
             shape: Its logical shape.
-            names: Of all parameters.
-            guess: DeepSpeed named the parameters and nobody has sorted them into
+            names: The names of all parameters.
+            guess: The parameters have DeepSpeed's names and are not sorted into
                 groups, so what is not to be rotated is told by name and shape.
 
         Returns:
@@ -48,7 +48,7 @@ class Exclusion:
         """Refuse a pattern that matches none of the names.
 
         Args:
-            names: Of all parameters.
+            names: The names of all parameters.
 
         Raises:
             ValueError: Naming the pattern.

@@ -79,7 +79,7 @@ class ModelFactory(metaclass=_FactoryType):
             training_args: What some trainers pass besides; nothing is read from it.
             exclude: Name patterns (``fnmatch`` style) of parameters that shall not
                 be rotated, as for ``param_groups``.
-            **options: Of the optimizer, such as ``lr``.
+            **options: Options of the optimizer, such as ``lr``.
 
         Returns:
             The optimizer, its parameters named, in a rotated and a plain group.

@@ -53,7 +53,7 @@ def remembered(param: Tensor, name: str) -> tuple[tuple[int, ...], FlatRange] | 
 
     Args:
         param: Any parameter.
-        name: For messages.
+        name: The parameter's name, for messages.
 
     Returns:
         The logical shape and this rank's flat range, or None if FSDP1 does not

@@ -19,7 +19,7 @@ def refuse_unsharded(model: nn.Module) -> None:
     tensors that soon vanish; an optimizer made of them would train nothing.
 
     Args:
-        model: Any model; one without FSDP2 modules is well.
+        model: Any model; one without FSDP2 modules is accepted.
 
     Raises:
         RuntimeError: Naming the module and the remedy.

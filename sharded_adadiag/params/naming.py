@@ -40,9 +40,9 @@ def check_parameter(name: str, param: Tensor, method: Rule) -> None:
     """Refuse what no method can update.
 
     Args:
-        name: Of the parameter.
+        name: The parameter's name, for the message.
         param: The parameter.
-        method: The optimizer.
+        method: The optimizer's rule, which has its name.
 
     Raises:
         TypeError: For integer, complex and sparse parameters.

@@ -71,8 +71,8 @@ class OfType(NamedTuple):
 
     Attributes:
         what: The type.
-        kind: What the report calls them.
-        model: One that needs it.
+        kind: Why they are not rotated, as it is logged.
+        model: A model that needs the entry.
     """
 
     what: type[nn.Module]
@@ -85,8 +85,8 @@ class Named(NamedTuple):
 
     Attributes:
         what: A regular expression that is found in the name.
-        kind: What the report calls them.
-        model: One that needs it.
+        kind: Why they are not rotated, as it is logged.
+        model: A model that needs the entry.
     """
 
     what: str
@@ -200,9 +200,9 @@ def kind_by_name(name: str, names: Iterable[str], *, usual: bool) -> str:
     """What a parameter of two or more dimensions is, as its name tells.
 
     Args:
-        name: Of the parameter.
-        names: Of all parameters: a gate beside experts is a router, while that of a
-            gated MLP is a matrix.
+        name: The parameter's name.
+        names: The names of all parameters: a gate beside experts is a router, while
+            that of a gated MLP is a matrix.
         usual: No module type tells, so the usual names of embeddings and heads count
             as well.
 
@@ -224,7 +224,7 @@ def kind_by_module(module: nn.Module, shape: Sequence[int]) -> str:
     """What a parameter of two or more dimensions is, as the type of its owner tells.
 
     Args:
-        module: The owner.
+        module: The module that has the parameter.
         shape: The parameter's logical shape.
 
     Returns:
@@ -243,7 +243,7 @@ def kind_by_shape(name: str, shape: Sequence[int]) -> str:
     """What a parameter of two or more dimensions is if there is no module to ask.
 
     Args:
-        name: Of the parameter.
+        name: The parameter's name.
         shape: Its logical shape.
 
     Returns:

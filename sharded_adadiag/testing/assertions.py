@@ -13,8 +13,8 @@ def assert_equal(actual: Tensor, expected: Tensor, name: str = "tensor") -> None
     zero does not count.
 
     Args:
-        actual: What the code under test gave.
-        expected: What it should give.
+        actual: The tensor that the code under test gave.
+        expected: A tensor of the same shape, dtype and device.
         name: Put before the message, which counts the entries that differ and
             gives the greatest difference.
     """

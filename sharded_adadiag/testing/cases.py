@@ -13,8 +13,8 @@ class Case:
     """One parameter of a test model.
 
     Attributes:
-        name: Of the parameter; says why the case is hard.
-        shape: Of the parameter.
+        name: The parameter's name, which says why the case is hard.
+        shape: Its logical shape.
         rotate: Whether its group is rotated.
         frozen: It requires no gradient.
         without_gradient: It requires one and never gets one.
@@ -51,7 +51,7 @@ def weights(cases: tuple[Case, ...], dtype: torch.dtype) -> list[Tensor]:
 
     Args:
         cases: The parameters.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Returns:
         One tensor for each.
@@ -69,7 +69,7 @@ def gradients(cases: tuple[Case, ...], step: int, dtype: torch.dtype) -> list[Te
     Args:
         cases: The parameters.
         step: Counted from 0.
-        dtype: Of the gradients.
+        dtype: Dtype of the gradients.
 
     Returns:
         One tensor for each.

@@ -96,7 +96,7 @@ def run_processes(
         world_size: Number of ranks.
         body: A function that can be pickled; the default group exists while it runs.
         *args: Further arguments, picklable.
-        timeout_s: Of the group's collectives.
+        timeout_s: Seconds until a collective of the group fails.
 
     Returns:
         What each rank returned; it must be picklable.

@@ -32,7 +32,7 @@ class FlatStates:
     """The flat tensors of an optimizer, and the parameters that each holds.
 
     Args:
-        optimizer: Which keeps their states.
+        optimizer: The optimizer whose ``state`` has the flat tensors as keys.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -57,7 +57,7 @@ class FlatStates:
         DeepSpeed's own. A collective if there are new flat tensors.
 
         Args:
-            comm: The ranks.
+            comm: The ranks that share the parameters.
 
         Raises:
             ValueError: On every rank, naming the parameter.
@@ -90,11 +90,11 @@ class FlatStates:
         }
 
     def load(self, engine: Engine, saved: dict[Tensor, dict[str, Any]]) -> None:
-        """Take over what `save` gave; a collective.
+        """Load what `save` gave; a collective.
 
         Args:
-            engine: With its states allocated.
-            saved: By flat tensor.
+            engine: The optimizer's engine, with a state for every parameter.
+            saved: The saved form of the state of each flat tensor.
         """
         values: dict[int, dict[str, Tensor]] = {}
         states = SavedState(engine.entries, engine.plan.matrices, engine.comm)
@@ -108,13 +108,13 @@ class FlatStates:
         engine.mark_loaded()
 
     def absorb(self, engine: Engine) -> None:
-        """Take over flat states that a universal checkpoint has left; a collective.
+        """Load flat states that a universal checkpoint has left; a collective.
 
         Such a checkpoint has no bases. The next gradient that is not zero makes them,
         as it makes first ones, and the moments are carried over.
 
         Args:
-            engine: With its states allocated.
+            engine: The optimizer's engine, with a state for every parameter.
         """
         states = self.optimizer.state
         left = [flat for flat in self._parts if FLAT_KEYS[0] in states[flat]]

@@ -50,11 +50,11 @@ class Fragment:
     """The part of one parameter that a flat tensor holds.
 
     Attributes:
-        name: Of the parameter.
+        name: The parameter's name.
         param: The parameter of the model.
         shape: Its logical shape.
-        region: The entries held here.
-        start: Where they begin in the flat tensor.
+        region: Which of its entries, in row-major order, the flat tensor holds.
+        start: Position of the first of them in the flat tensor.
         stored: This rank's copy of them in the model, for comparison.
     """
 
@@ -141,7 +141,7 @@ class OriginalParams:
         """The same of what is in the group now; flat tensors have no name.
 
         Args:
-            group: One of the optimizer's.
+            group: One of the optimizer's param groups.
 
         Returns:
             One for each tensor in the group.
@@ -224,9 +224,9 @@ def fragments(
     """What a flat tensor holds.
 
     Args:
-        originals: The optimizer's.
-        flat: One of the tensors in the group.
-        group: The group.
+        originals: The parameters that the groups were made of.
+        flat: One of the flat tensors in the group.
+        group: The param group.
 
     Returns:
         One fragment for each parameter of which any rank has a part in this tensor, in
@@ -248,8 +248,8 @@ def misplaced(found: list[Fragment], flat: Tensor) -> str:
     """Compare what a flat tensor holds with the model's weights.
 
     Args:
-        found: Its fragments.
-        flat: The tensor.
+        found: The fragments of the flat tensor.
+        flat: A 1-D tensor with DeepSpeed's master weights of this rank.
 
     Returns:
         What is wrong; empty if nothing is.
@@ -317,10 +317,10 @@ def pieces(
     """The fragments of a flat tensor as pieces of the parameters.
 
     Args:
-        found: Its fragments.
-        flat: The tensor.
-        group: Its group.
-        optimizer: Which keeps its states.
+        found: The fragments of the flat tensor.
+        flat: A 1-D tensor with DeepSpeed's master weights of this rank.
+        group: The param group that it is in.
+        optimizer: The optimizer, in whose ``state`` the pieces' states are kept.
         rotates: Whether each parameter may be rotated, by name.
 
     Returns:

@@ -88,7 +88,7 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
         logical = LogicalState(ours.comm, device_of(ours.entries))
         tensors = [_weight(entry) for entry in ours.entries]
         pieces = logical.load(tensors, [weights[name] for name in names])
-        optimizer.state.clear()  # what the checkpoint lacks starts anew
+        optimizer.state.clear()  # what the checkpoint lacks starts from zero
         ours.allocate()
         SavedState(ours.entries, ours.plan.matrices, ours.comm).load({
             i: states[n] for i, n in enumerate(names) if n in states

@@ -18,7 +18,7 @@ def register(*optimizers: type[torch.optim.Optimizer]) -> None:
     """Make optimizers known by name, as ``"optimizer": {"type": NAME}``.
 
     Args:
-        *optimizers: The classes.
+        *optimizers: Classes, known by their own names.
     """
     for optimizer in optimizers:
         setattr(torch.optim, optimizer.__name__, optimizer)

@@ -123,6 +123,54 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in heading_links(target), link
 
 
+# ---------------------------------------------------------------- ARCHITECTURE
+
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+PACKAGE = ROOT / "sharded_adadiag"
+
+
+def code_spans(text: str) -> list[str]:
+    return [" ".join(s.split()) for s in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+
+
+def defined_in(file: Path) -> set[str]:
+    """Functions, classes, methods and constants of a file, as ``Class.method``."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign):
+            found |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            methods = (m.name for m in inner if isinstance(m, ast.FunctionDef))
+            found |= {f"{node.name}.{name}" for name in methods}
+    return found
+
+
+def test_the_architecture_is_read_in_a_quarter_of_an_hour() -> None:
+    lines = ARCHITECTURE.splitlines()
+    assert len(lines) < 200
+    assert max(map(len, lines)) <= 110
+
+
+def test_every_file_and_name_of_the_architecture_is_there() -> None:
+    named = [span for span in code_spans(ARCHITECTURE) if ".py" in span]
+    assert len(named) > 80
+    for span in named:
+        path, _, name = span.partition(": ")
+        files = [base / path for base in (PACKAGE, ROOT) if (base / path).is_file()]
+        assert files, span
+        assert not name or name in defined_in(files[0]), span
+
+
+def test_the_architecture_has_a_word_on_every_room() -> None:
+    modules = {f.name for f in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    rooms = modules | {f"{file.parent.name}/" for file in PACKAGE.glob("*/__init__.py")}
+    assert len(rooms) > 10
+    (about,) = re.findall(r"^## The rooms\n(.*?)^## ", ARCHITECTURE, re.M | re.DOTALL)
+    assert set(re.findall(r"^\* `([^`]+)`", about, re.M)) >= rooms
+
+
 # ---------------------------------------------------------------- options
 
 FIXED = {"distribution", "buffer_bytes", "process_group", "exclude"}
