@@ -142,7 +142,7 @@ def _fill(
             senders.take(segment, taken * item.line_bytes / item.copies)
             last = segment
             spent = n + 1
-        if used[k] + item.line_bytes * FEWEST_LINES > room:
+        if used[k] + item.line_bytes * _step(item, room) > room:
             break
     segments[:spent] = [s for s in segments[:spent] if s.start < s.stop]
 
