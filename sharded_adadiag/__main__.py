@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sharded_adadiag.options import BUFFER_BYTES, DISTRIBUTIONS, as_dtype
+from sharded_adadiag.options import DISTRIBUTIONS, as_dtype
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.planner.configs import model_of_config
 from sharded_adadiag.planner.figures import figures_of
@@ -140,7 +140,7 @@ def _add_optimizer(plan: argparse.ArgumentParser) -> None:
     add = plan.add_argument_group("the optimizer (default: its own)").add_argument
     add("--optimizer", choices=tuple(RULES), default="AdaDiag", help="which")
     add("--distribution", choices=DISTRIBUTIONS, default="auto", help="who computes")
-    add("--buffer-bytes", type=int, default=BUFFER_BYTES, help="memory of exchanges")
+    add("--buffer-bytes", type=int, help="memory of exchanges")
     add("--sides", choices=("none", "one", "two"), help="sides rotated")
     add("--side", choices=("auto", "left", "right"), help="the one side")
     add("--refresh-every", type=_steps, metavar="STEPS", help="steps, or never")

@@ -17,14 +17,11 @@ from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import Exclusion
 from sharded_adadiag.params.local import Piece, find_group, piece
-from sharded_adadiag.params.publication import is_trained, publish, raise_on_mismatch
-from sharded_adadiag.plan.geometry import by_parameter
+from sharded_adadiag.params.naming import is_trained
+from sharded_adadiag.step.consensus import agree_on_parameters
 from sharded_adadiag.step.engine import Engine
 from sharded_adadiag.zero import partitions as zero
 from sharded_adadiag.zero.flat import FlatStates
-
-# What a rank may use for exchanges, unless told otherwise.
-BUFFER_BYTES = 48 << 20
 
 
 class _Found(NamedTuple):
@@ -47,6 +44,7 @@ class Binding:
         optimizer: Whose parameters and states they are.
         method: Its method.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+        buffer_bytes: What the exchanges of a step may take on a rank, or None.
         process_group: What the user passed, or None.
         exclusion: Which parameters are not rotated because of their names.
 
@@ -61,12 +59,14 @@ class Binding:
         optimizer: Optimizer,
         method: Rule,
         distribution: str,
+        buffer_bytes: int | None,
         process_group: Any,
         exclusion: Exclusion,
     ) -> None:
         self.optimizer = optimizer
         self.method = method
         self.distribution = distribution
+        self.buffer_bytes = buffer_bytes
         self.process_group = process_group
         self.exclusion = exclusion
         self.originals = zero.OriginalParams()
@@ -84,6 +84,7 @@ class Binding:
         self._sizes: list[int] = []
         self._params: list[Tensor] = []
         self.flats = FlatStates(self.optimizer)
+        self.has_flats = False
 
     def states(self) -> list[dict[str, Any]]:
         """The states of all parameters, as they are held; users may add other keys."""
@@ -112,9 +113,10 @@ class Binding:
         engine = self._engine
         if engine is None or self._has_new():
             engine = self._plan_new(together=together)
-        if together:
+        if together and self.has_flats:
             self.flats.verify(engine.comm)
-        self.flats.absorb(engine)
+        if self.has_flats:
+            self.flats.absorb(engine)
         return engine
 
     def step(self) -> None:
@@ -124,7 +126,7 @@ class Binding:
             ValueError: On every rank, if the ranks' parameters or options do not match.
         """
         engine = self._engine
-        if engine is None or engine.comm.size == 1 or self.flats:
+        if engine is None or engine.comm.size == 1 or self.has_flats:
             engine = self.prepared(together=True)
             engine.step()
         else:
@@ -138,7 +140,7 @@ class Binding:
     def save_state(self) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of every tensor in the groups; a collective."""
         engine = self.prepared()
-        if self.flats:
+        if self.has_flats:
             return self.flats.save(engine)
         params = {
             id(entry): param
@@ -165,7 +167,7 @@ class Binding:
         if not saved:
             return
         engine = self.prepared()
-        if self.flats:
+        if self.has_flats:
             self.flats.load(engine, saved)
             return
         _saved_state(engine).load(self._by_place(engine, saved))
@@ -242,8 +244,8 @@ class Binding:
         if not edited or self._engine is None:
             return
         self._engine.regroup()
-        self._left = [p for p in self._planned if p not in place and not self.flats]
-        for group in [] if self.flats else self._groups:
+        self._left = [p for p in self._planned if p not in place and not self.has_flats]
+        for group in [] if self.has_flats else self._groups:
             known = [self._planned.get(p, []) for p in group["params"]]
             # Saved forms tell states by name, so names go where the parameters go.
             if "param_names" in group and all(known):
@@ -297,7 +299,7 @@ class Binding:
             )
         group = groups[0] if groups else find_group(self._params, self.process_group)
         self._engine = Engine(
-            self.method, communicator(group), self.distribution, BUFFER_BYTES
+            self.method, communicator(group), self.distribution, self.buffer_bytes
         )
         return self._engine
 
@@ -317,22 +319,24 @@ class Binding:
                 pieces.extend(some)
             return pieces
 
-        pieces, mine = publish(find)
-        published = engine.comm.all_gather_object(mine)
-        kind = "trainable new" if engine.entries else "trainable"
-        raise_on_mismatch(published, kind)
-        holdings = [[h.region for _, h in described] for _, described in published]
-        facts = [fact for fact, _ in mine[1]]
+        plan = engine.plan
+        agreed = agree_on_parameters(
+            engine.comm,
+            find,
+            {"distribution": plan.distribution, "buffer_bytes": plan.buffer_bytes},
+            kind="trainable new" if engine.entries else "trainable",
+        )
         entries = [
-            Entry(fact, layout, piece, piece.group)
-            for fact, layout, piece in zip(facts, by_parameter(holdings), pieces)
+            Entry(spec, layout, piece, piece.group)
+            for piece, spec, layout in zip(agreed.pieces, agreed.specs, agreed.layouts)
         ]
         first = len(engine.entries)
-        engine.extend(entries)
+        engine.extend(entries, agreed.ranks_per_node)
         for found, count in zip(new, counts):
             last = first + count
             self._planned[found.param] = engine.entries[first:last]
             if found.flat:
+                self.has_flats = True
                 self.flats.add(found.param, parts[found.param], range(first, last))
             first = last
 

@@ -19,16 +19,18 @@ from sharded_adadiag.options import (
     OPTION_NAMES,
     Options,
     as_number,
+    is_positive_int,
     name_dtypes,
 )
 from sharded_adadiag.params.admission import admit, warn_of_unsorted
 from sharded_adadiag.params.callers import (
+    backward_pass,
     refuse_in_backward,
     refuse_local_scaler,
 )
 from sharded_adadiag.params.exclusion import Exclusion
 from sharded_adadiag.params.local import local
-from sharded_adadiag.params.publication import check_parameter, names
+from sharded_adadiag.params.naming import check_parameter, names
 from sharded_adadiag.plan.report import Report
 from sharded_adadiag.zero.registration import admit_to_zero
 
@@ -43,11 +45,11 @@ class RotatedOptimizer(Optimizer):
             ``torch.optim`` optimizer. ``param_groups(model)`` makes the two
             groups that the paper uses. A group's ``rotate`` (bool, default True)
             says whether its matrices are rotated. Every option but
-            ``distribution`` and ``process_group`` may be set per group. Groups may
-            be edited between steps, alike on all ranks: parameters may leave, come
-            back and move. What the plan was made from stays as it was: ``rotate``,
-            ``sides``, ``side``, ``momentum``, ``state_dtype``, ``rotation_dtype``
-            and ``max_rotated_dim``.
+            ``distribution``, ``buffer_bytes`` and ``process_group`` may be set per
+            group. Groups may be edited between steps, alike on all ranks: parameters
+            may leave, come back and move. What the plan was made from stays as it
+            was: ``rotate``, ``sides``, ``side``, ``momentum``, ``state_dtype``,
+            ``rotation_dtype`` and ``max_rotated_dim``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay rates of the first and the second moment.
         eps: Added to the bias-corrected square root of an unfactored second moment.
@@ -68,7 +70,12 @@ class RotatedOptimizer(Optimizer):
         state_dtype: Of the moments; None is the parameter's.
         rotation_dtype: Of the rotations; None is the moments'.
         distribution: ``"owner"`` (each matrix is computed by one rank),
-            ``"broadcast"`` (each rank computes its own blocks) or ``"auto"``.
+            ``"broadcast"`` (all ranks compute their own blocks of every matrix), or
+            ``"auto"``: each matrix has the few ranks that balance the work best.
+        buffer_bytes: Memory per rank for what is on its way in a step; None for 48
+            MiB, or 1/32 of the mean rank's state if that is more. Larger matrices
+            travel in blocks; where they cannot, because two sides or a factored rule
+            need the whole, they take what they need.
         process_group: The ranks that hold replicas of plain parameters (DDP) and
             shall share the work and the state, as ``ZeroRedundancyOptimizer`` would
             have it. DTensors need none, their mesh tells, unless they leave out
@@ -106,6 +113,7 @@ class RotatedOptimizer(Optimizer):
         state_dtype: torch.dtype | None = None,
         rotation_dtype: torch.dtype | None = None,
         distribution: Literal["auto", "owner", "broadcast"] = "auto",
+        buffer_bytes: int | None = None,
         process_group: Any = None,
         maximize: bool = False,
         exclude: str | Iterable[str] = (),
@@ -121,6 +129,11 @@ class RotatedOptimizer(Optimizer):
                 f"invalid distribution: got {distribution!r}, it must be one of "
                 + ", ".join(map(repr, DISTRIBUTIONS))
             )
+        if buffer_bytes is not None and not is_positive_int(buffer_bytes):
+            raise ValueError(
+                f"invalid buffer_bytes: got {buffer_bytes!r}, "
+                "it must be an integer >= 1, or None"
+            )
         communicator(process_group)  # a wrong group is an error now, not later
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= self.method.options | own
@@ -128,7 +141,12 @@ class RotatedOptimizer(Optimizer):
         Options.from_group(defaults)
         name_dtypes(defaults)
         self._binding = Binding(
-            self, self.method, distribution, process_group, Exclusion(exclude)
+            self,
+            self.method,
+            distribution,
+            None if buffer_bytes is None else int(buffer_bytes),
+            process_group,
+            Exclusion(exclude),
         )
         self._told: set[str] = set()
         groups: Any = params if isinstance(params, Tensor) else list(params)
@@ -205,7 +223,8 @@ class RotatedOptimizer(Optimizer):
                 reduced (nothing has changed then), or if an owner failed; also
                 inside a backward pass.
         """
-        refuse_in_backward(self.method.name)
+        if backward_pass() != -1:
+            refuse_in_backward(self.method.name)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -286,6 +305,7 @@ class RotatedOptimizer(Optimizer):
         # A process group cannot be pickled, and the plan is made anew.
         binding = {
             "_distribution": self._binding.distribution,
+            "_buffer_bytes": self._binding.buffer_bytes,
             "_exclude": self._binding.exclusion.patterns,
             "_kept": self._binding.kept,
             "_skipped_steps": self._binding.skipped_steps,
@@ -295,6 +315,7 @@ class RotatedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         distribution = state.pop("_distribution", "")
+        buffer_bytes = state.pop("_buffer_bytes", None)
         patterns = Exclusion(state.pop("_exclude", ()))
         kept, skipped = state.pop("_kept", {}), state.pop("_skipped_steps", 0)
         old = self.__dict__.get("param_groups", [])
@@ -304,7 +325,9 @@ class RotatedOptimizer(Optimizer):
         self.defaults.pop("differentiable", None)
         self.__dict__.setdefault("_told", set())
         if "_binding" not in self.__dict__:  # unpickled or copied
-            self._binding = Binding(self, self.method, distribution, None, patterns)
+            self._binding = Binding(
+                self, self.method, distribution, buffer_bytes, None, patterns
+            )
             self._binding.kept, self._binding.skipped_steps = kept, skipped
             for group in self.param_groups:
                 self._binding.originals.note(group)

@@ -165,7 +165,8 @@ def _are_betas(value: object) -> bool:
     )
 
 
-def _is_positive_int(value: object) -> bool:
+def is_positive_int(value: object) -> bool:
+    """Whether a value is an integer >= 1, of Python or numpy."""
     return _is_number(value, 1.0) and isinstance(value, numbers.Integral)
 
 
@@ -185,12 +186,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sides": _one_of("none", "one", "two"),
     "side": _one_of("auto", "left", "right"),
     "refresh_every": (
-        lambda v: v is None or _is_positive_int(v),
+        lambda v: v is None or is_positive_int(v),
         "it must be an integer >= 1, or None to keep the first basis",
     ),
     "on_refresh": _one_of("carry", "reproject"),
     "basis": _one_of("svd", "eigh"),
-    "max_rotated_dim": (_is_positive_int, "it must be an integer >= 1"),
+    "max_rotated_dim": (is_positive_int, "it must be an integer >= 1"),
     "noise_floor": (lambda v: _is_number(v, 0.0), "it must be a number >= 0"),
     "nonfinite": _one_of("raise", "skip", "ignore"),
     "state_dtype": _DTYPE,

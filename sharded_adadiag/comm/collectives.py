@@ -43,6 +43,9 @@ class Communicator(Protocol):
     def all_gather_object(self, value: Any) -> list[Any]:
         """The picklable value of every rank."""
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors of one shape, on the CPU, in rank order."""
+
     def device(self, fallback: torch.device) -> torch.device:
         """Where tensors to be sent must be, given where they are."""
 
@@ -70,6 +73,10 @@ class SingleProcess:
         """The one value."""
         return [value]
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The one tensor."""
+        return tensor[None]
+
     def device(self, fallback: torch.device) -> torch.device:
         """Where the tensors are."""
         return fallback
@@ -78,7 +85,7 @@ class SingleProcess:
 class ProcessGroup:
     """A ``torch.distributed`` process group.
 
-    Only ``all_to_all_single``, ``all_reduce`` and ``all_gather_object`` are used:
+    Only ``all_to_all_single``, ``all_reduce`` and ``all_gather`` are used:
     they take uneven splits where we need them, are on every back end, and are
     spelled alike in all supported versions of torch.
     """
@@ -112,6 +119,13 @@ class ProcessGroup:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """``dist.all_gather``."""
+        tensor = tensor.to(self.device(tensor.device))
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return torch.stack(gathered).cpu()
 
     def device(self, fallback: torch.device) -> torch.device:
         """The CPU for gloo-like back ends, else the accelerator."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.comm.collectives import Communicator, Done, Handle
-from sharded_adadiag.plan.copies import Arrival, CopyList, Place, dense, inside
+from sharded_adadiag.plan.copies import Arrival, CopyList, Place, inside
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.geometry import Region
 
@@ -101,16 +101,17 @@ class Exchange:
         Returns:
             The exchange under way.
         """
+        rank = self.comm.rank
         earlier = self._latest.get(into)
         assert earlier is None or earlier.ended, f"{into} is still under way"
         pending = Pending(
-            copies=plan.prepare(self.comm.rank),
+            copies=plan.prepared.get(rank) or plan.prepare(rank),
             given=pieces,
             pieces=[piece.contiguous() for piece in pieces],
             wire=wire,
             work=work,
             device=device,
-            status=(self.comm.rank, status),
+            status=(rank, status),
             into=into,
             memory=functools.partial(self._memory, into),
         )
@@ -268,10 +269,11 @@ class Pending:
             -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
             for shape, dtype in made
         ]
-        buffer = _Bytes(self.memory("results", self.device, sum(sizes)))
+        buffer = self.memory("results", self.device, sum(sizes))
         start = 0
         for (shape, dtype), size in zip(made, sizes):
-            yield buffer.of(dtype, dense(shape, start // dtype.itemsize))
+            stop = start + math.prod(shape) * dtype.itemsize
+            yield buffer[start:stop].view(dtype).view(shape)
             start += size
 
     def _statuses(self) -> dict[int, int]:

@@ -12,6 +12,9 @@ import torch
 from torch.amp import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+# The backward pass that this thread is in the middle of; -1 if it is in none.
+backward_pass = torch._C._current_graph_task_id
+
 
 def refuse_in_backward(method: str) -> None:
     """Refuse a step that a gradient hook makes in the middle of a backward pass.
@@ -20,15 +23,14 @@ def refuse_in_backward(method: str) -> None:
         method: The optimizer's name.
 
     Raises:
-        RuntimeError: Inside a backward pass.
+        RuntimeError: Always.
     """
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            f"{method}.step() was called inside a backward pass (optimizer in "
-            "backward, a gradient hook): the ranks exchange the gradients of all "
-            "matrices at once, and hooks run one by one in an order that may differ "
-            "between ranks; call step() after backward()"
-        )
+    raise RuntimeError(
+        f"{method}.step() was called inside a backward pass (optimizer in "
+        "backward, a gradient hook): the ranks exchange the gradients of all "
+        "matrices at once, and hooks run one by one in an order that may differ "
+        "between ranks; call step() after backward()"
+    )
 
 
 def refuse_local_scaler(scaler: Any, groups: list[dict[str, Any]]) -> None:

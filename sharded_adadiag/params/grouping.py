@@ -73,7 +73,8 @@ def param_groups(
     (length, width) whose name does not tell either in `exclude`.
 
     Call it on the whole model, before or after ``fully_shard``, ``torch.compile``
-    or DistributedDataParallel; tensors on the meta device will do. Every
+    or DistributedDataParallel; tensors on the meta device will do, and so will a
+    model built under ``deepspeed.zero.Init``. Every
     parameter is in one group, frozen ones too. What went where is logged at INFO
     to the logger ``sharded_adadiag`` by the process whose ``RANK`` is 0 or unset.
 
@@ -260,6 +261,11 @@ def _mark_excluded(entries: dict[int, _Entry], pattern: str) -> bool:
     return bool(matched)
 
 
+def _numel(entries: Iterable[_Entry]) -> int:
+    """Elements of the full parameters."""
+    return sum(math.prod(logical_shape(entry.param)) for entry in entries)
+
+
 def _report(entries: list[_Entry], heads: list[str]) -> str:
     """A table of what is trained, parameters alike in all layers on one line."""
     frozen = [entry for entry in entries if not entry.param.requires_grad]
@@ -268,12 +274,13 @@ def _report(entries: list[_Entry], heads: list[str]) -> str:
     for entry in entries:
         parts = entry.names[0].split(".")
         name = ".".join("*" if part.isdigit() else part for part in parts)
-        shape = " x ".join(str(size) for size in entry.param.shape) or "scalar"
+        sizes = logical_shape(entry.param)
+        shape = " x ".join(map(str, sizes)) or "scalar"
         rows.setdefault((entry.kind, name, shape), []).append(entry)
     lines = []
     for rotate in (True, False):
         group = [e for e in entries if (e.kind == MATRIX) is rotate]
-        numel = sum(entry.param.numel() for entry in group)
+        numel = _numel(group)
         title = "rotated" if rotate else "not rotated"
         lines.append(f"{title}: {len(group)} parameters, {numel:,} elements")
         for (kind, name, shape), alike in rows.items():
@@ -285,7 +292,7 @@ def _report(entries: list[_Entry], heads: list[str]) -> str:
                 reason += ", not rotated"
             lines.append(f"  {name} ({shape}{reason})")
     if frozen:
-        numel = sum(entry.param.numel() for entry in frozen)
+        numel = _numel(frozen)
         lines.append(f"frozen: {len(frozen)} parameters, {numel:,} elements")
     lines.append(f"output head: {', '.join(heads) or 'none found'}")
     return "\n".join(lines)

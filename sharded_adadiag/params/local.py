@@ -3,8 +3,9 @@
 Plain tensors (one process, DDP) are held whole. DTensors (FSDP2, HSDP, tensor
 parallel) hold one box of the logical tensor, parameters of FSDP1 a flat range.
 
-Private name used, tried with torch 2.11 and 2.13:
-``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
+Private names used: ``torch.distributed.tensor._utils.
+compute_local_shape_and_global_offset``, tried with torch 2.11 and 2.13; of a parameter
+``ds_shape``, tried with DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -145,7 +146,10 @@ def logical_shape(param: Tensor, name: str = "parameter") -> tuple[int, ...]:
         Its logical shape.
     """
     flat = remembered(param, name)
-    return tuple(param.shape) if flat is None else flat[0]
+    if flat is not None:
+        return flat[0]
+    # DeepSpeed's stage 3 empties a parameter that is not gathered.
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def view_shape(shape: tuple[int, ...]) -> tuple[int, int]:

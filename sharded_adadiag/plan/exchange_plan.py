@@ -172,12 +172,13 @@ class ExchangePlan:
     Attributes:
         world_size: Number of ranks.
         hops: The matrices it moves.
+        prepared: What a rank copies, by rank, once `prepare` has listed it.
     """
 
     world_size: int
     hops: tuple[Move, ...]
     # Of the rank that exchanges, listed once.
-    _prepared: dict[int, CopyList] = _own_field()
+    prepared: dict[int, CopyList] = _own_field()
 
     def __post_init__(self) -> None:
         for hop in self.hops:
@@ -206,9 +207,9 @@ class ExchangePlan:
 
     def prepare(self, rank: int) -> CopyList:
         """What a rank copies: listed at the first call, kept for all that follow."""
-        if rank not in self._prepared:
-            self._prepared[rank] = self._copies(rank)
-        return self._prepared[rank]
+        if rank not in self.prepared:
+            self.prepared[rank] = self._copies(rank)
+        return self.prepared[rank]
 
     def inverse(self, itemsizes: Sequence[int]) -> ExchangePlan:
         """The way back: every holder of a piece, replicas too, gets it.

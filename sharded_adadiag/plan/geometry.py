@@ -221,25 +221,6 @@ def on_team(team: Ranks, rows: int, cols: int, world_size: int) -> Layout:
     return Layout(world_size, ((full(rows, cols), team),))
 
 
-def by_parameter(holdings: Sequence[Sequence[Region]]) -> list[Layout]:
-    """The layout of each parameter, one object for all that lie alike.
-
-    Args:
-        holdings: Regions by rank and then parameter.
-
-    Returns:
-        The layouts.
-    """
-    known: dict[tuple[Region, ...], Layout] = {}
-    layouts = []
-    for regions in zip(*holdings):
-        layout = known.get(regions)
-        if layout is None:
-            layout = known[regions] = Layout.of(regions)
-        layouts.append(layout)
-    return layouts
-
-
 def full(rows: int, cols: int) -> Box:
     """The region that is the whole matrix."""
     return Box(0, rows, 0, cols)

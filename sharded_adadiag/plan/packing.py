@@ -66,7 +66,7 @@ def pack(
 
 
 def _rooms(limit: int) -> list[int]:
-    return [limit * percent // 100 for percent in FILL_PERCENT]
+    return [max(limit * percent // 100, 1) for percent in FILL_PERCENT]
 
 
 def _key(packing: Packing, most: Sequence[int], limit: int) -> tuple[int, float]:

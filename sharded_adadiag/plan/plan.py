@@ -12,6 +12,8 @@ from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.matrices import MatrixPlan, ParamSpec, plan_matrices
 from sharded_adadiag.plan.rounds import Round, make_rounds
 
+# Without an option exchanges may take this part of the mean rank's state.
+BUFFER_SHARE = 32
 STEP_BYTES = 4  # the step count of a parameter is a float32 tensor
 
 
@@ -26,7 +28,7 @@ class Plan:
         world_size: Number of ranks.
         rule: The optimizer.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What the exchanges of a step may take on a rank.
+        buffer_bytes: What the exchanges of a step may take on a rank; None: `budget`.
         ranks_per_node: Consecutive ranks that are on one node; None: all are.
         specs: Every parameter.
         layouts: Where the entries of each parameter are.
@@ -40,7 +42,7 @@ class Plan:
     world_size: int
     rule: Rule
     distribution: str = "auto"
-    buffer_bytes: int = BUFFER_BYTES
+    buffer_bytes: int | None = None
     ranks_per_node: int | None = None
     specs: tuple[ParamSpec, ...] = ()
     layouts: tuple[Layout, ...] = ()
@@ -61,7 +63,7 @@ class Plan:
         rule: Rule,
         world_size: int,
         distribution: str = "auto",
-        buffer_bytes: int = BUFFER_BYTES,
+        buffer_bytes: int | None = None,
         ranks_per_node: int | None = None,
     ) -> Plan:
         """Plan the work on these parameters.
@@ -72,7 +74,8 @@ class Plan:
             rule: The optimizer.
             world_size: Number of ranks.
             distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-            buffer_bytes: What the exchanges of a step may take on a rank.
+            buffer_bytes: What the exchanges of a step may take on a rank; None for
+                what `budget` says.
             ranks_per_node: Consecutive ranks that are on one node; None: all are.
 
         Returns:
@@ -102,12 +105,14 @@ class Plan:
             planned=self.matrices,
             ranks_per_node=self.ranks_per_node,
         )
-        return dataclasses.replace(
+        plan = dataclasses.replace(
             self,
             specs=(*self.specs, *specs),
             layouts=(*self.layouts, *layouts),
             matrices=(*self.matrices, *matrices),
-            rounds=(*self.rounds, *self._make_rounds(matrices)),
+        )
+        return dataclasses.replace(
+            plan, rounds=(*self.rounds, *plan._make_rounds(matrices))
         )
 
     def without(self, positions: Collection[int]) -> Plan:
@@ -128,6 +133,18 @@ class Plan:
             return plan
         rounds = tuple(self._make_rounds(plan.members))
         return dataclasses.replace(plan, rounds=rounds)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that the exchanges of a step may take on a rank.
+
+        If the user did not say, a part of what a rank keeps anyway, so that a large
+        model on few ranks does not travel in thousands of rounds.
+        """
+        if self.buffer_bytes is not None:
+            return self.buffer_bytes
+        kept = sum(m.cost.state_bytes for m in self.matrices) // self.world_size
+        return max(BUFFER_BYTES, kept // BUFFER_SHARE)
 
     @property
     def members(self) -> tuple[MatrixPlan, ...]:
@@ -190,7 +207,7 @@ class Plan:
         return 4 * (len(self.specs) + copied + watched + 5)
 
     def _make_rounds(self, matrices: Sequence[MatrixPlan]) -> list[Round]:
-        return make_rounds(matrices, self.world_size, self.buffer_bytes)
+        return make_rounds(matrices, self.world_size, self.budget)
 
 
 def has_copies(layout: Layout) -> bool:

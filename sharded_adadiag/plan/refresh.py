@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import everywhere, on_team, only_on
@@ -11,30 +10,6 @@ from sharded_adadiag.plan.matrices import MatrixPlan
 
 # Which bases are due together may differ from refresh to refresh.
 PLANS_KEPT = 16
-
-
-def refresh_groups(
-    matrices: Sequence[MatrixPlan], limit: int
-) -> Iterator[list[MatrixPlan]]:
-    """Matrices whose bases are due, as many at a time as their heads have room for.
-
-    Args:
-        matrices: Equal on every rank.
-        limit: Bytes of whole gradients on one head; a larger one comes alone.
-
-    Yields:
-        Some of them.
-    """
-    level: dict[int, tuple[int, int]] = {}  # by head: its group, and bytes there
-    found: dict[int, list[MatrixPlan]] = {}
-    for m in matrices:
-        size = m.view.numel * m.view.work_itemsize
-        group, filled = level.get(m.route.owner, (0, 0))
-        if filled and filled + size > limit:
-            group, filled = group + 1, 0
-        level[m.route.owner] = group, filled + size
-        found.setdefault(group, []).append(m)
-    yield from (found[group] for group in sorted(found))
 
 
 @functools.lru_cache(PLANS_KEPT)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import STEP_BYTES, Plan
-from sharded_adadiag.plan.refresh import refresh_groups, refresh_plans
+from sharded_adadiag.plan.refresh import refresh_plans
+from sharded_adadiag.plan.rounds import refresh_rounds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -250,10 +251,10 @@ def refreshes_of(plan: Plan) -> list[ExchangePlan]:
         None for bases that a rank computes from what it has in a round.
     """
     exchanges: list[ExchangePlan] = []
-    for due in refresh_groups(plan.shared, plan.buffer_bytes):
+    for due in refresh_rounds(plan.shared, plan.budget):
         basis = [plan.specs[m.index].options.basis for m in due]
         by_gram = tuple(m.by_gram(method) for m, method in zip(due, basis))
-        exchanges.extend(refresh_plans(tuple(due), by_gram, plan.world_size))
+        exchanges.extend(refresh_plans(due, by_gram, plan.world_size))
     return exchanges
 
 

@@ -125,10 +125,10 @@ def round_bytes(buffer_bytes: int) -> int:
         buffer_bytes: What a rank may use for exchanges.
 
     Returns:
-        A sixth of it, less what status words may take.
+        A sixth of it, less what status words may take; at least one.
     """
     # A little is for the status words of messages.
-    return (buffer_bytes - buffer_bytes // 256) // 6
+    return max((buffer_bytes - buffer_bytes // 256) // 6, 1)
 
 
 def step_efficiency(rounds: Sequence[Round]) -> float:

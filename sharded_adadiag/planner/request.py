@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Rule
-from sharded_adadiag.options import BUFFER_BYTES, Options
+from sharded_adadiag.options import Options
 from sharded_adadiag.plan.matrices import ParamSpec
 from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.planner.mesh import Mesh, layouts_of
@@ -30,7 +30,7 @@ class Request:
         rule: The optimizer.
         options: The options of its param groups that are not their defaults.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What the exchanges of a step may take on a rank.
+        buffer_bytes: What the exchanges of a step may take on a rank, or None.
         ranks_per_node: Ranks that are near each other; None if all are.
         param_dtype: Of the parameters that the optimizer updates.
         grad_dtype: Of their gradients.
@@ -41,7 +41,7 @@ class Request:
     rule: Rule = ADADIAG
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     distribution: str = "auto"
-    buffer_bytes: int = BUFFER_BYTES
+    buffer_bytes: int | None = None
     ranks_per_node: int | None = None
     param_dtype: torch.dtype = torch.float32
     grad_dtype: torch.dtype = torch.float32
@@ -51,7 +51,7 @@ class Request:
         foreign -= set(self.rule.options)
         if foreign:
             raise ValueError(f"{self.rule.name} has no option {min(foreign)!r}")
-        if self.buffer_bytes < 1:
+        if self.buffer_bytes is not None and self.buffer_bytes < 1:
             raise ValueError(f"--buffer-bytes must be >= 1, got {self.buffer_bytes}")
         node = self.ranks_per_node
         if node is not None and (node < 1 or self.mesh.ranks % node):

@@ -43,7 +43,7 @@ def as_json(request: Request, made: Answer, figures: Figures) -> dict[str, Any]:
         "tensor_parallel": request.mesh.tensor_parallel,
         "optimizer": request.rule.name,
         "distribution": request.distribution,
-        "buffer_bytes": request.buffer_bytes,
+        "buffer_bytes": plan.budget,
         "matrices": len(plan.matrices),
         "updated_in_place": len(plan.plain),
         "plan_seconds": round(made.seconds, 4),
@@ -83,14 +83,14 @@ def as_text(request: Request, made: Answer, figures: Figures) -> str:
     """
     rows = [*_rows(request, made, figures)]
     width = max(len(name) for name, _ in rows)
-    lines = [_title(request), ""]
+    lines = [_title(request, made.plan), ""]
     lines += [f"{name.ljust(width)}  {text}" for name, text in rows]
     notes = [f"note: {note}" for note in request.model.notes]
     some = [f"warning: {text}" for text in warnings(request, made, figures)]
     return "\n".join([*lines, *([""] if notes or some else []), *notes, *some])
 
 
-def _title(request: Request) -> str:
+def _title(request: Request, plan: Plan) -> str:
     mesh = request.mesh
     how = [mesh.layout]
     if mesh.replicas > 1:
@@ -100,7 +100,7 @@ def _title(request: Request) -> str:
     ranks = "1 rank" if mesh.ranks == 1 else f"{mesh.ranks:,} ranks"
     return (
         f"{request.model.name} on {ranks} ({', '.join(how)}): {request.rule.name}, "
-        f"distribution {request.distribution}, buffers {size(request.buffer_bytes)}"
+        f"distribution {request.distribution}, buffers {size(plan.budget)}"
     )
 
 
@@ -194,7 +194,7 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
         yield (
             f"ranks wait {1 - figures.step_efficiency:.0%} of a step: "
             + ("--distribution auto, or " if own else "")
-            + f"--buffer-bytes over {request.buffer_bytes} gives a round more work"
+            + f"--buffer-bytes over {plan.budget} gives a round more work"
         )
     fullest = figures.state_bytes_max / max(figures.state_bytes_mean, 1)
     if fullest > STATE:
@@ -209,10 +209,10 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
             f"all ranks together keep {copies:.1f} x the state of one process, in "
             "copies of rotations: --distribution auto"
         )
-    if figures.buffer_bytes_max > request.buffer_bytes:
+    if figures.buffer_bytes_max > plan.budget:
         yield (
             f"exchanges take {size(figures.buffer_bytes_max)}, over --buffer-bytes "
-            f"{request.buffer_bytes}: some matrices do not travel in blocks"
+            f"{plan.budget}: some matrices do not travel in blocks"
             + (" (--sides one does)" if _two_sided(request) else "")
         )
     each = figures.sent_bytes_step_max / max(figures.messages_step_max, 1)
@@ -220,13 +220,13 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
         remedy = (
             "--replicas makes shards fewer and larger"
             if request.mesh.layout == "fsdp2"
-            else f"--buffer-bytes over {request.buffer_bytes} makes larger ones"
+            else f"--buffer-bytes over {plan.budget} makes larger ones"
         )
         yield f"{figures.messages_step_max:,} messages a step of {size(each)}: {remedy}"
     if figures.rounds > ROUNDS:
         yield (
             f"{figures.rounds:,} rounds a step, each a wait for the network: "
-            f"--buffer-bytes over {request.buffer_bytes} makes fewer"
+            f"--buffer-bytes over {plan.budget} makes fewer"
         )
 
 

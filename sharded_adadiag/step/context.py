@@ -153,12 +153,16 @@ class Step:
             alike: dict[int, list[Part]] = {}
             for part in batch:
                 m = part.matrix
-                if self.present[m.index] and (
-                    self.rank in m.route.team or self.sums(m)
-                ):
+                if self.present[m.index] and self._works_on(part):
                     alike.setdefault(id(self.entries[m.index].group), []).append(part)
             found.extend(alike.values())
         return found
+
+    def _works_on(self, part: Part) -> bool:
+        """Whether this rank has a block of the part, or takes part in its sums."""
+        if not part.whole:
+            return part.layouts[-1][self.rank].numel > 0
+        return self.rank in part.matrix.route.team or self.sums(part.matrix)
 
     def sums(self, matrix: MatrixPlan) -> bool:
         """Whether the update of a matrix adds up sums over several ranks' blocks."""

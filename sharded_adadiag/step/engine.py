@@ -21,9 +21,8 @@ from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import LOPSIDED
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
-from sharded_adadiag.plan.refresh import refresh_groups
 from sharded_adadiag.plan.report import Report, report_of
-from sharded_adadiag.plan.rounds import Part
+from sharded_adadiag.plan.rounds import Part, refresh_rounds
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
@@ -45,7 +44,7 @@ class Engine:
         rule: The optimizer.
         comm: The ranks that share the parameters.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
-        buffer_bytes: What the exchanges of a step may take on a rank.
+        buffer_bytes: What the exchanges of a step may take on a rank, or None.
 
     Attributes:
         entries: Every planned parameter; their positions never change.
@@ -53,7 +52,11 @@ class Engine:
     """
 
     def __init__(
-        self, rule: Rule, comm: Communicator, distribution: str, buffer_bytes: int
+        self,
+        rule: Rule,
+        comm: Communicator,
+        distribution: str,
+        buffer_bytes: int | None,
     ) -> None:
         self.comm = comm
         self.exchange = Exchange(comm)
@@ -66,14 +69,18 @@ class Engine:
         )
         self._follow(Plan(comm.size, rule, distribution, buffer_bytes))
 
-    def extend(self, entries: Sequence[Entry]) -> None:
+    def extend(
+        self, entries: Sequence[Entry], ranks_per_node: int | None = None
+    ) -> None:
         """Plan further parameters; those planned before keep their owners and state.
 
         Args:
             entries: The new parameters.
+            ranks_per_node: Consecutive ranks that share a node; None if unknown.
         """
         known = len(self.plan.matrices)
-        plan = self.plan.extended(
+        plan = dataclasses.replace(self.plan, ranks_per_node=ranks_per_node)
+        plan = plan.extended(
             [entry.spec for entry in entries], [entry.layout for entry in entries]
         )
         if self.comm.rank == 0:
@@ -91,7 +98,13 @@ class Engine:
         self.plan = plan
         self.shared = plan.shared
         self.agreement.watched = plan.watched
-        self.group_options.follow(plan.matrices)
+        cut = {
+            part.matrix.index
+            for round_ in plan.rounds
+            for part in round_.parts
+            if not part.whole
+        }
+        self.group_options.follow(plan.matrices, cut)
         self._device_type = ""  # makes the batches anew
 
     def allocate(self) -> None:
@@ -168,7 +181,7 @@ class Engine:
     def _refreshes(self, step: Step) -> Iterator[Job]:
         """New bases of what no rank works on whole, before anything is updated."""
         due = [m for m in self.shared if step.refresh_due(m)]
-        for group in refresh_groups(due, self.plan.buffer_bytes):
+        for group in refresh_rounds(due, self.plan.budget):
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sharded_adadiag.options import PLANNED, STEERING, Options
+from torch import Tensor
+
+from sharded_adadiag.options import OPTION_NAMES, PLANNED, STEERING, Options
 from sharded_adadiag.params.entry import Entry
 from sharded_adadiag.plan.matrices import MatrixPlan
 
@@ -46,14 +48,17 @@ class GroupOptions:
         self.entries = entries
         self.follow(())
 
-    def follow(self, matrices: Sequence[MatrixPlan]) -> None:
+    def follow(self, matrices: Sequence[MatrixPlan], cut: Collection[int] = ()) -> None:
         """Look anew: parameters came, left or changed groups.
 
         Args:
             matrices: The plan of those that are seen as matrices.
+            cut: Positions of those that are worked on in several rounds.
         """
         self.matrices = matrices
+        self.cut = cut
         self._known: list[tuple[Any, ...]] | None = None
+        self._last: dict[int, tuple[list[Any], Options | None]] = {}
         self._fingerprint = 0
         self._groups = {id(e.group): e.group for e in self.entries if e.member}
 
@@ -62,7 +67,7 @@ class GroupOptions:
         options: dict[int, Options] = {}
         try:
             for key, group in self._groups.items():
-                options[key] = Options.from_group(group)
+                options[key] = self._validated(key, group)
         except (TypeError, ValueError) as error:
             return Reading({}, f"{self._first_of(key)}: {error}", 0)
         known = [(*_planned(own), *_steering(own)) for own in options.values()]
@@ -73,6 +78,16 @@ class GroupOptions:
             text = repr([row[1:] for row in self.membership(options)])
             self._known, self._fingerprint = known, zlib.crc32(text.encode()) >> 1
         return Reading(options, "", self._fingerprint)
+
+    def _validated(self, key: int, group: dict[str, Any]) -> Options:
+        """The options of a group, made anew only where a value is another one."""
+        values = [group.get(name) for name in OPTION_NAMES]
+        last, options = self._last.get(key, ([], None))
+        # A tensor may have another value though it is the same one.
+        if options is None or isinstance(group["lr"], Tensor) or values != last:
+            options = Options.from_group(group)
+            self._last[key] = values, options
+        return options
 
     def membership(self, options: dict[int, Options]) -> Membership:
         """What the ranks must agree on; groups are numbered as they are met.
@@ -107,15 +122,25 @@ class GroupOptions:
             now = options[id(entry.group)]
             if text := _change(entry, now):
                 return text
-            matrix = matrices.get(i)
-            if matrix is not None and matrix.route.kind != "owner":
-                if now.on_refresh == "reproject" and matrix.left and matrix.right:
-                    return (
-                        f"{entry.spec.name}: on_refresh became 'reproject', for which "
-                        "a matrix rotated on two sides must be whole, but it is "
-                        "planned in blocks; set it from the beginning, or pass "
-                        'distribution="owner"'
-                    )
+            if i in matrices and (text := self._needs_more(matrices[i], now)):
+                return f"{entry.spec.name}: {text}"
+        return ""
+
+    def _needs_more(self, matrix: MatrixPlan, now: Options) -> str:
+        """What of a matrix must be whole for its options, and is planned in blocks."""
+        both = matrix.left and matrix.right
+        if now.on_refresh == "reproject" and both and matrix.route.kind != "owner":
+            return (
+                "on_refresh became 'reproject', for which a matrix rotated on two "
+                "sides must be whole, but it is planned in blocks; set it from the "
+                'beginning, or pass distribution="owner"'
+            )
+        if now.noise_floor > 0 and matrix.index in self.cut:
+            return (
+                f"noise_floor became {now.noise_floor!r}, for which all of the matrix "
+                "must be there at once, but it is planned in blocks one after the "
+                "other; set it from the beginning, or pass a larger buffer_bytes"
+            )
         return ""
 
 

@@ -46,7 +46,7 @@ def refresh_here(
 
 
 def refresh_together(
-    step: Step, matrices: Sequence[MatrixPlan], failures: Failures
+    step: Step, matrices: tuple[MatrixPlan, ...], failures: Failures
 ) -> Job:
     """New bases of matrices that several ranks work on, or one in several rounds.
 
@@ -59,7 +59,7 @@ def refresh_together(
         Gradients to the heads, and rotations to the teams.
     """
     gram = tuple(m.by_gram(step.options_of(m).basis) for m in matrices)
-    collect, distribute = refresh_plans(tuple(matrices), gram, step.world_size)
+    collect, distribute = refresh_plans(matrices, gram, step.world_size)
     sent = [_statistic(step, m, by_gram) for m, by_gram in zip(matrices, gram)]
     work = [torch.float64 if g else m.work_dtype for m, g in zip(matrices, gram)]
     wire = [value.dtype for value in sent]

@@ -1,10 +1,13 @@
 """A checkpoint written under any layout goes on under any other, bit for bit."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.pairs import FULL_PRODUCTS
+from support.saving import FSDP1_WARNINGS
 from support.training import (
     Parameters,
     advance,
@@ -30,11 +33,7 @@ from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import HARD_CASES
 from sharded_adadiag.testing.ranks import run_processes, run_threads
 
-# On one rank FSDP1 shards nothing, and says so; its state dicts are deprecated.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = FSDP1_WARNINGS
 CASES = tuple(c for c in HARD_CASES if not (c.frozen or c.without_gradient))
 F32 = torch.float32
 BEFORE, AFTER = 6, 10  # bases at steps 1, 5 and 9: before and after the checkpoint
@@ -70,6 +69,7 @@ def build(layout, distribution):
     return model, opt
 
 
+@functools.cache
 def uninterrupted():
     model, opt = build("plain", "auto")
     advance(model, opt, CASES, F32, 0, AFTER)

@@ -10,6 +10,7 @@ from support.saving import (
     CASES,
     EVERYWHERE,
     F32,
+    FSDP1_WARNINGS,
     assert_same_states,
     build,
     ranked,
@@ -27,11 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sharded_adadiag import AdafacDiag, named_state_dict
 
-# On one rank FSDP1 shards nothing, and says so; its state dicts are deprecated.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = FSDP1_WARNINGS
 
 # ------------------------------------------------------------------------------- hooks
 

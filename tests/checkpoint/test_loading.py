@@ -11,6 +11,7 @@ from support.saving import (
     CASES,
     EVERYWHERE,
     F32,
+    FSDP1_WARNINGS,
     PLACES,
     assert_same_states,
     build,
@@ -31,11 +32,7 @@ from sharded_adadiag import AdaDiag, named_state_dict, param_groups
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_processes
 
-# On one rank FSDP1 shards nothing, and says so; its state dicts are deprecated.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = FSDP1_WARNINGS
 
 FULL = {"full_state_dict": True}
 

@@ -85,6 +85,49 @@ def test_teams_of_one_give_the_same_bits(place):
             assert_equal(a, b, case.name)
 
 
+@parametrize_pairs(
+    place=[*PLACES, ("fsdp2", 1)],
+    buffer_bytes=(1, 600, 3000),
+    size=(1, 2, ALL),
+    sides=("one", "two"),
+)
+def test_a_small_budget_changes_rounds_and_no_numbers(place, buffer_bytes, size, sides):
+    """Matrices come in blocks of a few lines, the smaller ones several in a round."""
+    layout, world_size = place
+    want = alone(HARD_CASES, torch.float64, "AdaDiag", {"sides": sides})
+    options = {"sides": sides, "buffer_bytes": buffer_bytes}
+    with teams_of(size):
+        got = run_threads(
+            world_size, rounds_of, layout, HARD_CASES, torch.float64, options
+        )
+    check_close([weights for weights, _ in got], want)
+    rounds = got[0][1]
+    assert world_size == 1 or len(rounds) > 1
+    cut = any(not part.whole for round_ in rounds for part in round_.parts)
+    assert cut or world_size == 1 or sides == "two" or buffer_bytes > 600
+
+
+def rounds_of(rank, layout, cases, dtype, options):
+    model, extra = sharded_model(layout, cases, dtype)
+    weights, opt = train(model, cases, dtype, "AdaDiag", {**options, **extra})
+    return weights, opt._binding._engine.plan.rounds
+
+
+def floor_on_blocks(rank):
+    model, extra = sharded_model("fsdp2", TRAINED, torch.float64)
+    opt = AdaDiag(groups(model, TRAINED), lr=1e-2, buffer_bytes=600, **extra)
+    advance(model, opt, TRAINED, torch.float64, 0, 1)
+    opt.param_groups[0]["noise_floor"] = 1e-3
+    with pytest.raises(ValueError, match="noise_floor became 0.001.*buffer_bytes"):
+        advance(model, opt, TRAINED, torch.float64, 1, 2)
+    opt.param_groups[0]["noise_floor"] = 0.0
+    advance(model, opt, TRAINED, torch.float64, 1, 2)
+
+
+def test_a_noise_floor_on_a_matrix_in_blocks_is_refused():
+    run_threads(2, floor_on_blocks)
+
+
 def three_steps(rank, layout, options):
     model, extra = sharded_model(layout, TRAINED, torch.float64)
     return train(

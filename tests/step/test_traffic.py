@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.counting import Counted
+from support.pairs import parametrize_pairs
 from support.small_model import NAMED, fresh, set_gradients
 from support.training import groups, sharded_model
 from torch import nn
@@ -18,10 +19,12 @@ from sharded_adadiag.testing.cases import (
 from sharded_adadiag.testing.ranks import run_threads
 
 
-@pytest.mark.parametrize("method", [AdaDiag, AdafacDiag, HfacDiag])
-@pytest.mark.parametrize("sides", ["one", "two"])
-@pytest.mark.parametrize("distribution", ["owner", "broadcast", "auto"])
-@pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
+@parametrize_pairs(
+    layout=["fsdp2", "ddp"],
+    distribution=["owner", "broadcast", "auto"],
+    sides=["one", "two"],
+    method=[AdaDiag, AdafacDiag, HfacDiag],
+)
 def test_collectives_and_bytes_are_those_that_describe_promises(
     layout, distribution, sides, method, monkeypatch
 ):

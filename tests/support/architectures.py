@@ -9,22 +9,23 @@ from torch import nn
 
 tf.logging.set_verbosity_error()
 
-SIZE = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    vocab_size=50,
+LAYER = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
 )
+SIZE = {**LAYER, "vocab_size": 50}
+VISION = {**LAYER, "image_size": 8, "patch_size": 4}
 KV = dict(num_key_value_heads=1)
-VISION = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=8,
-    patch_size=4,
+STATE_SPACE = dict(hidden_size=16, num_hidden_layers=1, vocab_size=50)
+ENCODER_DECODER = dict(
+    d_model=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
 )
+T5 = dict(d_model=16, d_kv=8, d_ff=24, num_heads=2, vocab_size=50)
 TEXT = {**SIZE, "max_position_embeddings": 8}
 
 
@@ -81,14 +82,10 @@ MODELS = {
         use_mamba_kernels=False,
         mamba_dt_rank=4,
     ),
-    "mamba": causal(
-        tf.MambaConfig, hidden_size=16, num_hidden_layers=1, vocab_size=50, state_size=4
-    ),
+    "mamba": causal(tf.MambaConfig, **STATE_SPACE, state_size=4),
     "mamba2": causal(
         tf.Mamba2Config,
-        hidden_size=16,
-        num_hidden_layers=1,
-        vocab_size=50,
+        **STATE_SPACE,
         state_size=4,
         num_heads=4,
         head_dim=8,
@@ -104,36 +101,13 @@ MODELS = {
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZE)),
     "bert_cls": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZE)),
     "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**SIZE)),
-    "t5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=50
-        )
-    ),
+    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, num_layers=1)),
     "bart": lambda: tf.BartForConditionalGeneration(
-        tf.BartConfig(
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            vocab_size=50,
-            max_position_embeddings=8,
-        )
+        tf.BartConfig(**ENCODER_DECODER, vocab_size=50, max_position_embeddings=8)
     ),
     "whisper": lambda: tf.WhisperForConditionalGeneration(
         tf.WhisperConfig(
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            vocab_size=60,
-            pad_token_id=0,
-            num_mel_bins=8,
+            **ENCODER_DECODER, vocab_size=60, pad_token_id=0, num_mel_bins=8
         )
     ),
     "wav2vec2": lambda: tf.Wav2Vec2ForCTC(
@@ -205,25 +179,15 @@ MODELS = {
     ),
     "switch": lambda: tf.SwitchTransformersForConditionalGeneration(
         tf.SwitchTransformersConfig(
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
+            **T5,
             num_layers=2,
             num_sparse_encoder_layers=1,
             num_sparse_decoder_layers=1,
             num_decoder_layers=2,
-            num_heads=2,
-            vocab_size=50,
             num_experts=4,
         )
     ),
-    "rwkv": causal(
-        tf.RwkvConfig,
-        hidden_size=16,
-        num_hidden_layers=1,
-        vocab_size=50,
-        context_length=8,
-    ),
+    "rwkv": causal(tf.RwkvConfig, **STATE_SPACE, context_length=8),
     "levit": lambda: tf.LevitForImageClassification(
         tf.LevitConfig(
             image_size=32,

@@ -27,7 +27,9 @@ def parametrize_pairs(**factors: Collection[Any]) -> pytest.MarkDecorator:
 
 
 def label(value: Any) -> str:
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return getattr(value, "__name__", str(value))
 
 
 def cover_pairs(product: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 import warnings
 
+import pytest
 import torch
 
 from sharded_adadiag import AdaDiag, named_state_dict
@@ -10,6 +11,11 @@ from sharded_adadiag.testing.cases import Case
 from sharded_adadiag.testing.ranks import run_threads
 from support.training import Parameters, advance, groups, plain_names, sharded_model
 
+# On one rank FSDP1 shards nothing, and says so; its state dicts are deprecated.
+FSDP1_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 F32 = torch.float32
 
 CASES = (

@@ -1,5 +1,6 @@
 """Models made of the table of hard cases: in every layout, and trained."""
 
+import functools
 from typing import Any
 
 import torch
@@ -179,4 +180,15 @@ def weights_of(
 def alone(
     cases: tuple[Case, ...], dtype: torch.dtype, method: str, options: dict[str, Any]
 ) -> list[Tensor]:
-    return train(Parameters(cases, dtype), cases, dtype, method, options)[0]
+    """The weights of one process; several tests compare with the same ones."""
+    return _alone(cases, dtype, method, tuple(options.items()))
+
+
+@functools.cache
+def _alone(
+    cases: tuple[Case, ...],
+    dtype: torch.dtype,
+    method: str,
+    options: tuple[tuple[str, Any], ...],
+) -> list[Tensor]:
+    return train(Parameters(cases, dtype), cases, dtype, method, dict(options))[0]
