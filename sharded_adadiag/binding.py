@@ -14,9 +14,9 @@ from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.logical import LogicalState
 from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import communicator
-from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import Exclusion
-from sharded_adadiag.params.local import Piece, find_group, piece
+from sharded_adadiag.params.holding import find_group
+from sharded_adadiag.params.local import LocalParam, Piece, device_of, piece
 from sharded_adadiag.params.naming import is_trained
 from sharded_adadiag.step.consensus import agree_on_parameters
 from sharded_adadiag.step.engine import Engine
@@ -79,7 +79,7 @@ class Binding:
     def forget(self) -> None:
         """Drop the plan; the states stay where they are, in the optimizer."""
         self._engine: Engine | None = None
-        self._planned: dict[Tensor, list[Entry]] = {}
+        self._planned: dict[Tensor, list[LocalParam]] = {}
         self._waiting: list[Tensor] = []  # in the groups, and not planned
         self._left: list[Tensor] = []  # planned, and no longer in the groups
         self._groups: list[dict[str, Any]] = []  # as last seen, and what was in them
@@ -329,7 +329,7 @@ class Binding:
             kind="trainable new" if engine.entries else "trainable",
         )
         entries = [
-            Entry(spec, layout, piece, piece.group)
+            LocalParam(spec, layout, piece, piece.group)
             for piece, spec, layout in zip(agreed.pieces, agreed.specs, agreed.layouts)
         ]
         first = len(engine.entries)

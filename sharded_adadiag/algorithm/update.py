@@ -111,7 +111,9 @@ def moment_rule(
     Returns:
         N_t of each.
     """
-    floor = options.noise_floor if any(rotated_sides(shape, options)) else 0.0
+    floor = options.noise_floor
+    if floor > 0.0 and not any(rotated_sides(shape, options)):
+        floor = 0.0
     quiet = yield from suppress_noise(rotated, floor)
     return (yield from method.rule(quiet, states, options, steps, shape))
 

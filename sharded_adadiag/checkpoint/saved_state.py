@@ -13,8 +13,7 @@ import torch
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
 from sharded_adadiag.checkpoint.matrix_states import live_blocks, saved_tensors
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.params.entry import Entry, device_of
-from sharded_adadiag.params.local import is_distributed, local
+from sharded_adadiag.params.local import LocalParam, device_of, is_distributed, local
 from sharded_adadiag.plan.geometry import FlatRange
 from sharded_adadiag.plan.matrices import MatrixPlan
 
@@ -30,7 +29,7 @@ class SavedState:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[LocalParam],
         matrices: Iterable[MatrixPlan],
         comm: Communicator,
     ) -> None:

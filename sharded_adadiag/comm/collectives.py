@@ -35,10 +35,10 @@ class Communicator(Protocol):
         """Begin to exchange uneven chunks of two 1-D tensors."""
 
     def all_reduce_max_(self, tensor: Tensor) -> None:
-        """Entry-wise maximum over the ranks, in place."""
+        """LocalParam-wise maximum over the ranks, in place."""
 
     def all_reduce_sum_(self, tensor: Tensor) -> None:
-        """Entry-wise sum over the ranks, in place."""
+        """LocalParam-wise sum over the ranks, in place."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The picklable value of every rank."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_adadiag.algorithm.state import Rule, rotated_sides
 from sharded_adadiag.options import GROUP_OPTIONS, OPTION_NAMES, Options, as_number
-from sharded_adadiag.params.local import logical_shape
+from sharded_adadiag.params.holding import logical_shape
 from sharded_adadiag.plan.view import MatrixView
 
 _LOGGER = logging.getLogger("sharded_adadiag")

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from sharded_adadiag.params.fsdp1 import remember
 from sharded_adadiag.params.fsdp2 import refuse_unsharded
-from sharded_adadiag.params.local import logical_shape
+from sharded_adadiag.params.holding import logical_shape
 from sharded_adadiag.params.not_rotated import (
     EXPERTS,
     HEAD,

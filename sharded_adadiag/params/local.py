@@ -1,49 +1,19 @@
-"""A parameter as a rank sees it, whatever the framework.
-
-Plain tensors (one process, DDP) are held whole. DTensors (FSDP2, HSDP, tensor
-parallel) hold one box of the logical tensor, parameters of FSDP1 a flat range.
-
-Private names used: ``torch.distributed.tensor._utils.
-compute_local_shape_and_global_offset``, tried with torch 2.11 and 2.13; of a parameter
-``ds_shape``, tried with DeepSpeed 0.19.8.
-"""
+"""One parameter of an optimizer as this rank holds it, whatever the framework."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from sharded_adadiag.params.fsdp1 import remembered
-from sharded_adadiag.plan.geometry import Box, Region, full
-from sharded_adadiag.plan.view import MatrixView
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Holding:
-    """What one rank holds of one parameter.
-
-    Attributes:
-        shape: The logical shape of the parameter.
-        rows: Of the view in which the region is given (`MatrixView.stored`, or for a
-            stack cut along its last dimensions one with the rows of all matrices).
-        cols: Of that view.
-        region: The part of the view that is held here.
-    """
-
-    shape: tuple[int, ...]
-    rows: int
-    cols: int
-    region: Region
+from sharded_adadiag.params.holding import Holding, gradient_dtype, holding
+from sharded_adadiag.plan.geometry import Layout, Region
+from sharded_adadiag.plan.spec import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -115,20 +85,6 @@ def piece(
     )
 
 
-def gradient_dtype(param: Tensor) -> torch.dtype:
-    """The widest dtype that a parameter's gradient may have, as torch says.
-
-    Args:
-        param: The parameter. Its ``grad_dtype`` (torch 2.13; its own dtype before) is
-            what autograd casts to; None lets any dtype be.
-
-    Returns:
-        The dtype, the same on every rank; for None that of the computation.
-    """
-    asked = getattr(param, "grad_dtype", param.dtype)
-    return torch.promote_types(param.dtype, torch.float32) if asked is None else asked
-
-
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor with this rank's entries; writing to it writes the original."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -139,161 +95,69 @@ def is_distributed(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def logical_shape(param: Tensor, name: str = "parameter") -> tuple[int, ...]:
-    """The shape of the full parameter.
+@dataclasses.dataclass(slots=True, eq=False)
+class LocalParam:
+    """One parameter of the optimizer, as the engine sees it.
 
-    Args:
-        param: A parameter of any framework.
-        name: For messages.
-
-    Returns:
-        Its logical shape.
+    Attributes:
+        spec: What is the same on every rank.
+        layout: What each rank holds of its matrix view.
+        piece: What this rank holds: region, tensor, gradient, states.
+        group: The param group that it is in now, or was in last.
+        member: Whether it is in any; if not it is left alone.
     """
-    flat = remembered(param, name)
-    if flat is not None:
-        return flat[0]
-    # DeepSpeed's stage 3 empties a parameter that is not gathered.
-    return tuple(getattr(param, "ds_shape", param.shape))
 
+    spec: ParamSpec
+    layout: Layout
+    piece: Piece
+    group: dict[str, Any]
+    member: bool = True
 
-def view_in(group: Mapping[str, Any], shape: tuple[int, ...], name: str) -> MatrixView:
-    """How a parameter is seen as matrices.
+    @property
+    def region(self) -> Region:
+        """What this rank holds of the matrix view."""
+        return self.piece.holding.region
 
-    Args:
-        group: Its param group.
-        shape: Its logical shape.
-        name: For messages.
+    @property
+    def param(self) -> Tensor:
+        """The local tensor with the entries of ``region``."""
+        return self.piece.find_param()
 
-    Returns:
-        The view.
+    def grad(self) -> Tensor | None:
+        """The local gradient, or None."""
+        return self.piece.grad() if self.member else None
 
-    Raises:
-        ValueError: If the group's ``batch_dims`` or ``split_rows`` do not suit it.
-    """
-    asked = group.get("batch_dims", 0), group.get("split_rows")
-    try:
-        return MatrixView.of(shape, *asked)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    def state(self) -> dict[str, Any]:
+        """Its states."""
+        return self.piece.state()
 
-
-def holding(
-    param: Tensor, name: str, group: Mapping[str, Any] = MappingProxyType({})
-) -> Holding:
-    """Where this rank's entries of a parameter are in its matrix view.
-
-    Args:
-        param: A plain tensor or a DTensor.
-        name: For messages.
-        group: Its param group.
-
-    Returns:
-        The holding.
-
-    Raises:
-        NotImplementedError: For a layout that is not one box of the matrix view.
-        ValueError: If the group's ``batch_dims`` or ``split_rows`` do not suit it.
-    """
-    shape = logical_shape(param, name)
-    view = view_in(group, shape, name)
-    rows, cols = view.stored
-    flat = remembered(param, name)
-    if flat is not None:
-        return Holding(shape, rows, cols, flat[1])
-    if not isinstance(param, DTensor):
-        return Holding(shape, rows, cols, full(rows, cols))
-    if any(p.is_partial() for p in param.placements):
-        raise NotImplementedError(
-            f"{name}: placements {param.placements} hold partial sums; parameters "
-            "must be sharded or replicated"
+    def release(self) -> None:
+        """Let go of a parameter that has left the groups, as its state has."""
+        self.piece = dataclasses.replace(
+            self.piece, find_param=_gone, grad=_gone, state=_gone, zeros_like=_gone
         )
-    local_shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    own_shape = tuple(param.to_local().shape)
-    # An empty shard may have forgotten the size of its other dimensions.
-    if tuple(local_shape) != own_shape and math.prod(own_shape) > 0:
-        raise NotImplementedError(
-            f"{name}: placements {param.placements} give each rank no single box "
-            f"(expected a local shape {tuple(local_shape)}, got {own_shape})"
-        )
-    if len(shape) < 2:
-        start = offset[0] if offset else 0
-        box = Box(0, 1, start, start + math.prod(local_shape))
-        return Holding(shape, rows, cols, box)
-    # In the view of a stack each matrix is a row. If columns of matrices are cut, the
-    # rows of all matrices must be its rows, on every rank.
-    lead = max(len(view.batch), 1)
-    cut = [getattr(placement, "dim", 0) for placement in param.placements]
-    if view.batch and max(cut) > lead:
-        lead += 1
-        rows, cols = view.rows, view.cols
-    return Holding(shape, rows, cols, _box(shape, local_shape, offset, lead, name))
 
 
-def _box(
-    shape: tuple[int, ...],
-    sizes: tuple[int, ...],
-    starts: tuple[int, ...],
-    lead: int,
-    name: str,
-) -> Box:
-    """A box of a tensor as a box of a view whose rows are its leading dimensions."""
-    edges = []
-    for dims in (range(lead), range(lead, len(shape))):
-        first, *rest = dims
-        inner = math.prod(shape[i] for i in rest)
-        if math.prod(sizes) and any(sizes[i] != shape[i] for i in rest):
-            raise NotImplementedError(
-                f"{name}: a tensor of shape {shape} is sharded along dimension "
-                f"{next(i for i in rest if sizes[i] != shape[i])}, which gives no box "
-                f"of its view as {math.prod(shape[:lead])} x "
-                f"{math.prod(shape[lead:])}; shard dimension 0 or {lead} only"
-            )
-        edges += [starts[first] * inner, (starts[first] + sizes[first]) * inner]
-    return Box(*edges)
+def _gone(*_: Any) -> Any:
+    raise RuntimeError("the parameter has left the optimizer")
 
 
-def find_group(
-    params: Iterable[Tensor], group: dist.ProcessGroup | None
-) -> dist.ProcessGroup | None:
-    """The process group whose ranks hold the parameters between them.
-
-    Args:
-        params: All parameters of the optimizer.
-        group: What the user passed, which wins.
-
-    Returns:
-        The mesh's group if all DTensors share a 1-D mesh; the default group if they
-        do not (HSDP, several meshes) and for FSDP1; None for plain tensors (one
-        process, or replicas that each compute everything).
-
-    Raises:
-        ValueError: If several meshes, or one of more dimensions, leave ranks out.
-    """
-    if group is not None:
-        return group
-    params = list(params)
-    meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
-    flat = any(getattr(p, "_fsdp_flattened", False) for p in params)
-    if not meshes and not flat:
-        return None
-    if len(meshes) == 1 and not flat:
-        (mesh,) = meshes
-        if mesh.ndim == 1:
-            return mesh.get_group()
-    ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
-    if meshes and len(ranks) < dist.get_world_size():
-        raise ValueError(
-            f"the parameters live on ranks {ranks} of {dist.get_world_size()}, and no "
-            "single mesh dimension has all of these (a pipeline stage, say); pass "
-            "process_group=, a group of just these ranks"
-        )
-    return dist.group.WORLD
+def gradients(entries: Iterable[LocalParam]) -> list[Tensor | None]:
+    """The local gradient of each parameter, None where there is none."""
+    return [entry.piece.grad() if entry.member else None for entry in entries]
 
 
-def device_of(params: Iterable[Tensor]) -> torch.device:
-    """The device of the first parameter's entries."""
-    for param in params:
-        return local(param).device
-    return torch.device("cpu")
+def tensors(entries: Iterable[LocalParam]) -> list[Tensor | None]:
+    """The local tensor of each parameter, None of one that is in no group."""
+    return [entry.piece.find_param() if entry.member else None for entry in entries]
+
+
+def states(entries: Iterable[LocalParam]) -> list[dict[str, Any]]:
+    """The states of each parameter; none of one that is in no group."""
+    return [entry.piece.state() if entry.member else {} for entry in entries]
+
+
+def device_of(entries: Iterable[LocalParam]) -> torch.device:
+    """Where the parameters are; the CPU if there are none."""
+    here = (entry.param.device for entry in entries if entry.member)
+    return next(here, torch.device("cpu"))

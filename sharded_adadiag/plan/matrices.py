@@ -55,6 +55,7 @@ class MatrixPlan:
         moments: Names and dimensions of its moments.
         divisible: Its lines are independent of each other, so that a step may work on
             some of them at a time: one side is rotated, and the rule asks for no sum.
+        key: Position of the parameter, and of the first matrix among its own.
     """
 
     index: int
@@ -70,14 +71,13 @@ class MatrixPlan:
     work_dtype: torch.dtype
     moments: dict[str, tuple[str, ...]]
     divisible: bool = False
+    key: tuple[int, int] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", (self.index, self.share.first))
 
     def __hash__(self) -> int:
         return hash(self.key)
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Position of the parameter, and of the first matrix among its own."""
-        return self.index, self.share.first
 
     def name(self, position: int) -> str:
         """The name of one of several matrices."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.jobs import Failures
-from sharded_adadiag.params.entry import Entry, device_of
+from sharded_adadiag.params.local import LocalParam, device_of
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.group_options import GroupOptions, Reading, differences
@@ -61,7 +61,7 @@ class Agreement:
         self,
         name: str,
         comm: Communicator,
-        entries: Sequence[Entry],
+        entries: Sequence[LocalParam],
         group_options: GroupOptions,
         bases: KnownBases,
     ) -> None:
@@ -78,6 +78,7 @@ class Agreement:
         self.unplanned = False
         self.largest: dict[int, float] = {}
         self._copied: list[bool] = []
+        self._numels: list[int] = []
         self._checked = True  # ranks that stop checking must have agreed to it
 
     @property
@@ -86,6 +87,13 @@ class Agreement:
         for entry in self.entries[len(self._copied) :]:
             self._copied.append(has_replicas(entry.layout))
         return self._copied
+
+    @property
+    def numels(self) -> list[int]:
+        """How many entries this rank holds of each parameter."""
+        for entry in self.entries[len(self._numels) :]:
+            self._numels.append(entry.region.numel)
+        return self._numels
 
     def nbytes(self) -> int:
         """Bytes of the all-reduce of an ordinary step; 0 if there is none."""
@@ -230,7 +238,7 @@ class Agreement:
         entry = self.entries[i]
         if grad.layout is not torch.strided:
             return _SPARSE
-        if grad.numel() != entry.region.numel:
+        if grad.numel() != self.numels[i]:
             return _UNREDUCED
         planned = entry.spec.grad_dtype
         if torch.promote_types(grad.dtype, planned) != planned:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from sharded_adadiag.algorithm.state import Rule, plain_moments
-from sharded_adadiag.params.entry import Entry
-from sharded_adadiag.params.local import local
+from sharded_adadiag.params.local import LocalParam, local
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.step.states import become_identity, state_shapes
 
 
 def allocate(
-    entries: Iterable[Entry], matrices: Iterable[MatrixPlan], rule: Rule, rank: int
+    entries: Iterable[LocalParam], matrices: Iterable[MatrixPlan], rule: Rule, rank: int
 ) -> None:
     """Create every state tensor that is missing, with the same keys on all ranks.
 
@@ -53,7 +52,7 @@ def allocate(
                 )
 
 
-def _allocate_plain(entry: Entry, state: dict[str, Any], rule: Rule) -> None:
+def _allocate_plain(entry: LocalParam, state: dict[str, Any], rule: Rule) -> None:
     options = entry.spec.options
     dtype = options.state_dtype or entry.spec.dtype
     for key in plain_moments(rule, options):

@@ -17,18 +17,24 @@ from sharded_adadiag.step.states import states_of
 
 
 class KnownBases:
-    """Remembers which matrices have a basis, so that an ordinary step reads none."""
+    """Remembers which matrices have a basis, so that an ordinary step reads none.
+
+    Attributes:
+        complete: Keys of plans all of whose matrices are known to have one.
+    """
 
     def __init__(self) -> None:
         # Of each plan, by its key, those of its matrices.
         self._there: dict[tuple[int, int], set[int]] = {}
         self._read: set[tuple[int, int]] = set()
+        self.complete: set[tuple[int, int]] = set()
         self._warned: set[tuple[str, str]] = set()
 
     def forget(self) -> None:
         """The states have been replaced: which matrices have a basis is unknown."""
         self._there.clear()
         self._read.clear()
+        self.complete.clear()
 
     def lacking(self, matrix: MatrixPlan, state: Mapping[str, Any]) -> list[int]:
         """Which matrices of a plan have no basis until a gradient that is not zero.
@@ -42,6 +48,7 @@ class KnownBases:
         """
         there = self._there.setdefault(matrix.key, set())
         if len(there) == matrix.share.count:
+            self.complete.add(matrix.key)
             return []
         if matrix.key not in self._read:
             self._read.add(matrix.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,13 @@ from torch import Tensor
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.options import Options
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.plan.geometry import Box, Region, entries_above
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.rounds import Part
 from sharded_adadiag.step.bases import KnownBases
-from sharded_adadiag.step.states import State, states_of
-
-# Parts of a round that are alike, and so are computed together.
-Batches = Sequence[Sequence[Part]]
+from sharded_adadiag.step.batching import Batch, RoundHere
+from sharded_adadiag.step.states import State, apart, states_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +32,8 @@ class Step:
         world_size: Number of ranks.
         device: Where the parameters are.
         entries: Every parameter of the optimizer, by position.
+        params: This rank's tensor of each parameter.
+        held: The states of each parameter.
         options: By identity of the param group.
         grads: This rank's gradient of each parameter, or None.
         largest: Largest magnitude in this rank's gradients, by position, as far as it
@@ -49,7 +50,9 @@ class Step:
     rank: int
     world_size: int
     device: torch.device
-    entries: Sequence[Entry]
+    entries: Sequence[LocalParam]
+    params: Sequence[Tensor | None]
+    held: Sequence[dict[str, Any]]
     options: Mapping[int, Options]
     grads: Sequence[Tensor | None]
     largest: Mapping[int, float]
@@ -64,28 +67,16 @@ class Step:
 
     def states(self, matrix: MatrixPlan) -> list[State]:
         """This rank's moments and rotations of each matrix of a plan."""
-        return states_of(matrix, self.entries[matrix.index].state())
+        return states_of(matrix, self.held[matrix.index])
 
     def state(self, matrix: MatrixPlan) -> State:
         """This rank's moments and rotations of a matrix that is none of a stack."""
         (state,) = self.states(matrix)
         return state
 
-    def states_of(self, part: Part) -> list[State]:
-        """The rotations of a part's matrices, and what of their moments the part is."""
-        states = self.states(part.matrix)
-        if not part.whole:
-            (state,) = states
-            here = part.layouts[-1][self.rank]
-            held = part.matrix.route.moments.layout[self.rank]
-            assert isinstance(here, Box) and isinstance(held, Box)
-            for key, dims in part.matrix.moments.items():
-                state[key] = cut_moment(state[key], dims, here, held)
-        return states
-
     def count(self, matrix: MatrixPlan) -> int:
         """How many steps a matrix has made, this one included (t of the paper)."""
-        return int(self.entries[matrix.index].state()["step"])
+        return int(self.held[matrix.index]["step"])
 
     def refreshes(self, matrix: MatrixPlan) -> Sequence[int]:
         """Of which matrices of a plan this step computes a new basis.
@@ -100,7 +91,7 @@ class Step:
         Returns:
             Positions in the plan, the same on every rank that may be asked.
         """
-        if not matrix.rotated or not self.present[matrix.index]:
+        if not (matrix.left or matrix.right) or not self.present[matrix.index]:
             return []
         since_first = self.count(matrix) - 1
         period = self.options_of(matrix).refresh_every
@@ -109,13 +100,37 @@ class Step:
         agreed = self.lacking.get(matrix.key)
         if agreed is not None:
             return [0] if agreed else []
-        return self.bases.lacking(matrix, self.entries[matrix.index].state())
+        if matrix.key in self.bases.complete:
+            return []
+        return self.bases.lacking(matrix, self.held[matrix.index])
 
-    def gradient(self, matrix: MatrixPlan, *, again: bool = False) -> Tensor:
-        """The local gradient in the shape of its region; zeros if there is none.
+    def due(self, here: RoundHere) -> list[tuple[int, Sequence[int]]]:
+        """Which matrices of a round get a new basis from what is at hand.
+
+        Args:
+            here: The round.
+
+        Returns:
+            Positions of parts, each with those of the matrices in its plan.
+        """
+        found = ((i, self.refreshes(here.parts[i].matrix)) for i in here.owned)
+        return [(i, due) for i, due in found if due]
+
+    def gradients_of(self, here: RoundHere) -> list[Tensor]:
+        """The local gradient of each part's matrix, as `gradient` gives it."""
+        return [
+            self.gradient(part.matrix, shape, again=not part.whole)
+            for part, shape in zip(here.parts, here.shapes)
+        ]
+
+    def gradient(
+        self, matrix: MatrixPlan, shape: Sequence[int], *, again: bool = False
+    ) -> Tensor:
+        """The local gradient of a matrix; zeros if there is none.
 
         Args:
             matrix: The matrix.
+            shape: The shape of the region of it that this rank stores.
             again: It will be asked for again in this step.
 
         Returns:
@@ -123,22 +138,20 @@ class Step:
         """
         found = self.gradients.get(matrix.key)
         if found is None:
-            found = self._gradient(matrix)
+            found = self._gradient(matrix, shape)
             if again:
                 self.gradients[matrix.key] = found
         return found
 
-    def _gradient(self, matrix: MatrixPlan) -> Tensor:
-        entry, grad = self.entries[matrix.index], self.grads[matrix.index]
-        here = matrix.view.layout[self.rank]
+    def _gradient(self, matrix: MatrixPlan, shape: Sequence[int]) -> Tensor:
+        spec, grad = self.entries[matrix.index].spec, self.grads[matrix.index]
         if grad is None:
-            dtype, device = entry.spec.grad_dtype, entry.param.device
-            return torch.zeros(here.shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=spec.grad_dtype, device=self.device)
         if matrix.share.kind != "all":
             if matrix.index not in self.gradients:  # it may have to be copied
                 self.gradients[matrix.index] = grad.reshape(-1)
             grad = self._own(matrix, self.gradients[matrix.index])
-        piece = grad.reshape(here.shape).to(entry.spec.grad_dtype)
+        piece = grad.reshape(shape).to(spec.grad_dtype)
         # Greater entries count as this: their squares overflow as it is, and what is
         # summed over them on the way (norms, products with a rotation) does not.
         limit = torch.finfo(matrix.work_dtype).max / (2 * math.prod(matrix.shape))
@@ -155,57 +168,124 @@ class Step:
         start = entries_above(region, matrix.share.top, view.cols)
         return flat[start : start + view.layout[self.rank].numel]
 
-    def working(self, batches: Iterable[Sequence[Part]]) -> list[list[Part]]:
+    def working(self, batches: Iterable[Batch]) -> list[Batch]:
         """What of some batches this rank works on in this step.
 
         Args:
-            batches: Parts that are alike.
+            batches: All of a round.
 
         Returns:
             The same without parts that take no part in the step or are other ranks',
             divided by param group. Where sums over several ranks' blocks are made,
             every rank keeps the batch, with an empty block if need be.
         """
-        found: list[list[Part]] = []
+        found: list[Batch] = []
         for batch in batches:
-            alike: dict[int, list[Part]] = {}
-            for part in batch:
+            alike: dict[int, list[int]] = {}
+            for i, part in enumerate(batch.parts):
                 m = part.matrix
-                if self.present[m.index] and self._works_on(part):
-                    alike.setdefault(id(self.entries[m.index].group), []).append(part)
-            found.extend(alike.values())
+                if self.present[m.index] and (
+                    batch.here or (part.whole and self.sums(m, batch.stages[-1].split))
+                ):
+                    alike.setdefault(id(self.entries[m.index].group), []).append(i)
+            for which in alike.values():
+                some = batch
+                if len(which) < len(batch.parts):
+                    parts = tuple(batch.parts[i] for i in which)
+                    places = tuple(batch.places[i] for i in which)
+                    first = parts[0].matrix
+                    some = Batch(parts, places, first, batch.stages, batch.here)
+                found.append(some)
         return found
 
-    def _works_on(self, part: Part) -> bool:
-        """Whether this rank has a block of the part, or takes part in its sums."""
-        if not part.whole:
-            return part.layouts[-1][self.rank].numel > 0
-        return self.rank in part.matrix.route.team or self.sums(part.matrix)
+    def sums(self, matrix: MatrixPlan, split: str) -> bool:
+        """Whether the update of a matrix adds up sums over several ranks' blocks.
 
-    def sums(self, matrix: MatrixPlan) -> bool:
-        """Whether the update of a matrix adds up sums over several ranks' blocks."""
-        if matrix.route.moments.split == "none":
+        Args:
+            matrix: The matrix.
+            split: Which dimension the ranks divide.
+
+        Returns:
+            The same on every rank.
+        """
+        if split == "none":
             return False
         return self.rule.factored or self.options_of(matrix).noise_floor > 0.0
 
-    def apply(self, matrix: MatrixPlan, update: Tensor, place: Region) -> None:
+    def inputs_of(
+        self, batch: Batch, work: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[State], list[int]]:
+        """Gradient, state and count of steps of each matrix of a batch.
+
+        Args:
+            batch: One of which this rank has the blocks.
+            work: By position in the round, what there is of each part.
+
+        Returns:
+            Three lists; a part that is a stack gives several matrices.
+        """
+        grads: list[Tensor] = []
+        states: list[State] = []
+        counts: list[int] = []
+        for part, place in zip(batch.parts, batch.places):
+            m = part.matrix
+            grad = work[place].to(m.work_dtype)
+            count = self.count(m)
+            if m.share.kind == "all":
+                grads.append(grad)
+                state = {k: v for k, v in self.held[m.index].items() if k != "step"}
+                states.append(state if part.whole else self._cut(part, state))
+                counts.append(count)
+            else:
+                grads += apart(m, grad)
+                states += self.states(m)
+                counts += [count] * m.share.count
+        return grads, states, counts
+
+    def _cut(self, part: Part, state: State) -> State:
+        """The rotations of a part's matrix, and what of its moments the part is."""
+        here = part.layouts[-1][self.rank]
+        held = part.matrix.route.moments.layout[self.rank]
+        assert isinstance(here, Box) and isinstance(held, Box)
+        for key, dims in part.matrix.moments.items():
+            state[key] = cut_moment(state[key], dims, here, held)
+        return state
+
+    def apply_all(self, here: RoundHere, work: Sequence[Any]) -> None:
+        """Step 7 for all parts of a round.
+
+        Args:
+            here: The round.
+            work: Of each part its update, whole or as pairs of region and entries.
+        """
+        for part, stored, pieces in zip(here.parts, here.regions, work):
+            if not self.present[part.matrix.index]:
+                continue
+            if isinstance(pieces, Tensor):
+                self.apply(part.matrix, stored, pieces, stored)
+            else:
+                for region, piece in pieces:
+                    self.apply(part.matrix, stored, piece, region)
+
+    def apply(
+        self, matrix: MatrixPlan, stored: Region, update: Tensor, place: Region
+    ) -> None:
         """Step 7 on a region of this rank's shard: decay, then subtract the update.
 
         Args:
-            matrix: The matrix; nothing is done if it takes no part.
-            update: The update of that region.
-            place: The region.
+            matrix: The matrix.
+            stored: What of it this rank stores.
+            update: The update of a region.
+            place: That region.
         """
-        if not self.present[matrix.index]:
-            return
-        entry, options = self.entries[matrix.index], self.options_of(matrix)
+        options = self.options_of(matrix)
         lr = float(options.lr)
-        param = there = entry.param
-        here = matrix.view.layout[self.rank]
-        if place != here or matrix.share.kind != "all":
+        param = there = self.params[matrix.index]
+        assert param is not None and there is not None
+        if place != stored or matrix.share.kind != "all":
             whole = param.reshape(-1)
             own = whole if matrix.share.kind == "all" else self._own(matrix, whole)
-            there = window(own.view(here.shape), here, place, matrix.view.cols)
+            there = window(own.view(stored.shape), stored, place, matrix.view.cols)
         if options.weight_decay:
             there.mul_(1.0 - lr * options.weight_decay)
         there.add_(update.view(there.shape), alpha=-lr)

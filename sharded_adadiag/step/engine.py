@@ -17,18 +17,24 @@ from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.comm.jobs import Failures, Job, drive
 from sharded_adadiag.options import Options
-from sharded_adadiag.params.entry import Entry, device_of
 from sharded_adadiag.params.exclusion import LOPSIDED
+from sharded_adadiag.params.local import (
+    LocalParam,
+    device_of,
+    gradients,
+    states,
+    tensors,
+)
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.report import Report, report_of
-from sharded_adadiag.plan.rounds import Round, refresh_rounds
+from sharded_adadiag.plan.rounds import refresh_rounds
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
 from sharded_adadiag.step.bases import KnownBases
-from sharded_adadiag.step.batching import make_batches
-from sharded_adadiag.step.context import Batches, Step
+from sharded_adadiag.step.batching import RoundHere, list_round
+from sharded_adadiag.step.context import Step
 from sharded_adadiag.step.group_options import GroupOptions
 from sharded_adadiag.step.pipeline import run_round
 from sharded_adadiag.step.plain import plain_update
@@ -60,17 +66,19 @@ class Engine:
     ) -> None:
         self.comm = comm
         self.exchange = Exchange(comm)
-        self.entries: list[Entry] = []
+        self.entries: list[LocalParam] = []
         self.bases = KnownBases()
         self.failures = Failures(comm)
         self.group_options = GroupOptions(self.entries)
         self.agreement = Agreement(
             rule.name, comm, self.entries, self.group_options, self.bases
         )
+        self._device = torch.device("cpu")
+        self.rounds: list[RoundHere] = []
         self._follow(Plan(comm.size, rule, distribution, buffer_bytes))
 
     def extend(
-        self, entries: Sequence[Entry], ranks_per_node: int | None = None
+        self, entries: Sequence[LocalParam], ranks_per_node: int | None = None
     ) -> None:
         """Plan further parameters; those planned before keep their owners and state.
 
@@ -98,6 +106,7 @@ class Engine:
         self.plan = plan
         self.shared = plan.shared
         self.positions = sorted({m.index for m in plan.members})
+        self.plain = plan.plain
         self.agreement.watched = plan.watched
         cut = {
             part.matrix.key
@@ -106,7 +115,7 @@ class Engine:
             if not part.whole
         }
         self.group_options.follow(plan.matrices, cut)
-        self._device_type = ""  # makes the batches anew
+        self._listed = False
 
     def allocate(self) -> None:
         """Create every state tensor that is missing, with the same keys on all ranks.
@@ -149,7 +158,8 @@ class Engine:
             ValueError: On every rank, if options are invalid or differ.
         """
         now = self.group_options.read()
-        grads = [entry.grad() for entry in self.entries]
+        self._list()
+        grads = gradients(self.entries)
         present = self.agreement.reach(grads, now, new=new, failures=self.failures)
         if present is None:
             return not self.agreement.unplanned
@@ -157,8 +167,10 @@ class Engine:
             self.plan.rule,
             self.comm.rank,
             self.comm.size,
-            device_of(self.entries),
+            self._device,
             self.entries,
+            tensors(self.entries),
+            states(self.entries),
             now.options,
             grads,
             self.agreement.largest,
@@ -168,12 +180,15 @@ class Engine:
         )
         for i in self.positions:
             if present[i]:
-                self.entries[i].state()["step"] += 1
-        self._run(step, self._refreshes(step))
+                step.held[i]["step"] += 1
+        if self.shared:
+            self._run(step, self._refreshes(step))
         self._run(step, self._round_jobs(step))
-        self.failures.raise_noted([entry.spec.name for entry in self.entries])
-        plain = [self.entries[i] for i in self.plan.plain if present[i]]
-        plain_update(self.plan.rule, plain, now.options)
+        if self.failures.status:
+            self.failures.raise_noted([entry.spec.name for entry in self.entries])
+        plain = [self.entries[i] for i in self.plain if present[i]]
+        if plain:
+            plain_update(self.plan.rule, plain, now.options)
         return True
 
     def _run(self, step: Step, jobs: Iterator[Job]) -> None:
@@ -186,21 +201,21 @@ class Engine:
             yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:
-        for whose, own, batches in self._batched(step.device):
-            if any(step.present[i] for i in whose):  # the same on every rank
-                yield run_round(step, own, batches, self.failures)
+        for here in self.rounds:
+            if any(step.present[i] for i in here.positions):  # the same on every rank
+                yield run_round(step, here, self.failures)
 
-    def _batched(self, device: torch.device) -> list[tuple[list[int], Round, Batches]]:
-        """Of each round: its parameters, what is done here, the batches; made once."""
-        if self._device_type != device.type:
-            self._device_type, rank = device.type, self.comm.rank
-            self._rounds: list[tuple[list[int], Round, Batches]] = []
-            for round_ in self.plan.rounds:
-                whose = sorted({part.matrix.index for part in round_.parts})
-                own = round_.on(rank)
-                batches = make_batches(own, rank, device.type)
-                self._rounds.append((whose, own, batches))
-        return self._rounds
+    def _list(self) -> None:
+        """List what this rank does in each round, unless the list is up to date."""
+        device = device_of(self.entries)
+        if self._listed and device == self._device:
+            return
+        self._device, self._listed = device, True
+        dtypes = [entry.spec.grad_dtype for entry in self.entries]
+        self.rounds = [
+            list_round(round_, self.comm.rank, device.type, dtypes)
+            for round_ in self.plan.rounds
+        ]
 
     def report(self) -> Report:
         """What every rank computes, keeps and sends."""

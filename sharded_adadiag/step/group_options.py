@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sharded_adadiag.options import OPTION_NAMES, PLANNED, STEERING, Options
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.plan.matrices import MatrixPlan
 
 _planned = operator.attrgetter(*PLANNED)
@@ -44,7 +44,7 @@ class GroupOptions:
             more are planned.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[LocalParam]) -> None:
         self.entries = entries
         self.follow(())
 
@@ -187,7 +187,7 @@ def differences(told: Sequence[tuple[str, Membership]]) -> str:
     return "the param groups differ between ranks; edit them alike on every rank"
 
 
-def _change(entry: Entry, now: Options) -> str:
+def _change(entry: LocalParam, now: Options) -> str:
     """What of a parameter's planned options has changed; empty if nothing has."""
     old, matrix = entry.spec.options, len(entry.spec.shape) > 1
     now = dataclasses.replace(now, rotate=now.rotate and entry.piece.rotate)

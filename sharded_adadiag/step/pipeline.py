@@ -21,82 +21,56 @@ from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
 from sharded_adadiag.algorithm.update import rotations, update
 from sharded_adadiag.comm.jobs import Failures, Job, Sum, Transfer
 from sharded_adadiag.plan.matrices import MatrixPlan
-from sharded_adadiag.plan.rounds import Part, Round
-from sharded_adadiag.step.context import Batches, Step
+from sharded_adadiag.step.batching import Batch, Hop, RoundHere
+from sharded_adadiag.step.context import Step
 from sharded_adadiag.step.refresh import refresh_here
-from sharded_adadiag.step.states import apart, as_one
+from sharded_adadiag.step.states import as_one
 
 # What a part has at the moment: a piece, or what came of it region by region.
 Work = list[Any]
 
 
-def run_round(step: Step, round_: Round, batches: Batches, failures: Failures) -> Job:
+def run_round(step: Step, here: RoundHere, failures: Failures) -> Job:
     """Steps 2-7 of the paper for all parts of a round.
 
     Args:
         step: The step.
-        round_: The parts and their exchanges.
-        batches: The same parts, those alike together.
+        here: The round as this rank sees it.
         failures: Notes what fails on this rank.
 
     Yields:
         Exchanges, and sums over the blocks of several ranks.
     """
-    work: Work = [
-        step.gradient(part.matrix, again=not part.whole) for part in round_.parts
-    ]
+    work: Work = list(step.gradients_of(here))
     given = list(work)
-    place = {id(part): i for i, part in enumerate(round_.parts)}
-    mine = step.working(batches)
-    depth = len(round_.moves)
-    for k in range(depth):
-        _rotate(step, mine, k, work, place, failures, back=False)
-        yield from _hop(round_, k, work, back=False)
-    for part, gradient in zip(round_.parts, work):
-        route = part.matrix.route
-        if part.whole and route.kind == "owner" and route.owner == step.rank:
-            refresh_here(step, part.matrix, gradient, failures)
+    batches = step.working(here.batches)
+    for k, (there, _) in enumerate(here.hops):
+        _rotate(step, batches, k, work, failures, back=False)
+        yield from _hop(there, work)
+    for i, due in step.due(here):
+        refresh_here(step, here.parts[i].matrix, due, work[i], failures)
     moved = [now is not then for now, then in zip(work, given)]
-    yield from _update(step, mine, work, (place, moved), failures)
-    for k in reversed(range(depth)):
-        yield from _hop(round_, k, work, back=True)
-        _rotate(step, mine, k, work, place, failures, back=True)
-    for part, pieces in zip(round_.parts, work):
-        if failures.status:
-            break
-        if isinstance(pieces, Tensor):
-            step.apply(part.matrix, pieces, part.layouts[0][step.rank])
-        else:
-            for region, piece in pieces:
-                step.apply(part.matrix, piece, region)
+    yield from _update(step, batches, work, moved, failures)
+    for k, (_, back) in reversed(list(enumerate(here.hops))):
+        yield from _hop(back, work)
+        _rotate(step, batches, k, work, failures, back=True)
+    if not failures.status:
+        step.apply_all(here, work)
 
 
-def _hop(round_: Round, k: int, work: Work, *, back: bool) -> Job:
-    """Between stages k and k + 1."""
-    who = round_.members[k]
-    some = [round_.parts[i].matrix for i in who]
-    dtypes = [m.work_dtype for m in some]
-    # A gradient that no stage has rotated yet travels in its own dtype.
-    wire = [
-        work[i].dtype if not back and m.route.raw(k) else m.work_dtype
-        for i, m in zip(who, some)
-    ]
-    pieces = [work[i] for i in who]
-    # What only goes home is subtracted as it comes, region by region.
-    apart = [j for j, m in enumerate(some) if m.route.raw(0)] if back and k == 0 else ()
-    into = f"hop {k} {'back' if back else 'there'}"
-    plan = round_.moves[k][int(back)]
-    moved = yield Transfer(plan, pieces, wire, dtypes, into, apart)
-    for i, piece in zip(who, moved):
+def _hop(hop: Hop, work: Work) -> Job:
+    """Between two stages."""
+    pieces = [work[i] for i in hop.who]
+    moved = yield Transfer(hop.plan, pieces, hop.wire, hop.work, hop.into, hop.apart)
+    for i, piece in zip(hop.who, moved):
         work[i] = piece
 
 
 def _rotate(
     step: Step,
-    batches: Batches,
+    batches: Sequence[Batch],
     k: int,
     work: Work,
-    place: dict[int, int],
     failures: Failures,
     *,
     back: bool,
@@ -104,92 +78,88 @@ def _rotate(
     """Apply the rotations of a stage that is not the last to this rank's pieces."""
     turn = rotate_back if back else rotate
     for batch in batches:
-        stages = batch[0].matrix.route.stages
+        stages = batch.stages
         if k >= len(stages) - 1 or not (stages[k].left or stages[k].right):
             continue
-        with failures.carried(batch[0].matrix.index):
-            dtype = batch[0].matrix.work_dtype
-            grads = [work[place[id(part)]].to(dtype) for part in batch]
-            states = [step.state(part.matrix) for part in batch]
-            turned = turn(
-                grads,
-                rotations(states, "rotation_left", grads[0])
-                if stages[k].left
-                else None,
-                rotations(states, "rotation_right", grads[0])
-                if stages[k].right
-                else None,
+        with failures.carried(batch.first.index):
+            grads = [work[i].to(batch.first.work_dtype) for i in batch.places]
+            states = [step.state(part.matrix) for part in batch.parts]
+            left, right = (
+                rotations(states, key, grads[0]) if wanted else None
+                for key, wanted in (
+                    ("rotation_left", stages[k].left),
+                    ("rotation_right", stages[k].right),
+                )
             )
-            for part, result in zip(batch, turned):
-                work[place[id(part)]] = result
+            for i, result in zip(batch.places, turn(grads, left, right)):
+                work[i] = result
 
 
 def _update(
     step: Step,
-    batches: Batches,
+    batches: Sequence[Batch],
     work: Work,
-    where: tuple[dict[int, int], list[bool]],
+    moved: Sequence[bool],
     failures: Failures,
 ) -> Job:
     """Rotate, update the moments and rotate back, in the last stage of each part."""
-    place, moved = where
-
-    def keep(batch: Sequence[Part], results: Sequence[Tensor]) -> None:
-        each = iter(results)
-        for part in batch:
-            own = [next(each) for _ in range(part.matrix.share.count)]
-            if step.rank not in part.matrix.route.team:
-                continue
-            i, update = place[id(part)], as_one(part.matrix, own)
-            if moved[i]:  # an update may take the gradient's room: there is no more
-                work[i].copy_(update)
-            else:
-                work[i] = update
-
-    waiting: list[tuple[Sequence[Part], Sums[list[Tensor]]]] = []
+    waiting: list[tuple[Batch, Sums[list[Tensor]]]] = []
     for batch in batches:
-        m = batch[0].matrix
-        here = step.rank in m.route.team
-        with failures.carried(m.index):
-            if here:
-                grads = [
-                    grad
-                    for part in batch
-                    for grad in apart(
-                        part.matrix, work[place[id(part)]].to(m.work_dtype)
-                    )
-                ]
-                states = [state for part in batch for state in step.states_of(part)]
-            else:
-                grads, states = _nothing_of(m, len(batch), step.device)
-            rule = update(
-                grads,
-                states,
-                method=step.rule,
-                options=step.options_of(m),
-                steps=[
-                    count
-                    for part in batch
-                    for count in part.matrix.share.count * [step.count(part.matrix)]
-                ],
-                shape=m.shape,
-                left=here and m.route.moments.left,
-                right=here and m.route.moments.right,
-            )
-            if step.sums(m):
+        with failures.carried(batch.first.index):
+            rule = _begun(step, batch, work)
+            if step.sums(batch.first, batch.stages[-1].split):
                 waiting.append((batch, rule))
             else:
-                keep(batch, _on_whole_matrices(rule))
+                _keep(batch, _on_whole_matrices(rule), work, moved)
     if waiting:
-        splits = [batch[0].matrix.route.moments.split for batch, _ in waiting]
+        splits = [batch.stages[-1].split for batch, _ in waiting]
         rules = together([rule for _, rule in waiting])
         results = yield from _summed(rules, splits)
         for (batch, _), some in zip(waiting, results):
-            keep(batch, some)
+            _keep(batch, some, work, moved)
+
+
+def _begun(step: Step, batch: Batch, work: Work) -> Sums[list[Tensor]]:
+    """The rule of a batch, about to run."""
+    m, stage = batch.first, batch.stages[-1]
+    if batch.here:
+        grads, states, counts = step.inputs_of(batch, work)
+    else:
+        grads, states = _nothing_of(m, stage.split, len(batch.parts), step.device)
+        counts = [step.count(part.matrix) for part in batch.parts]
+    return update(
+        grads,
+        states,
+        method=step.rule,
+        options=step.options_of(m),
+        steps=counts,
+        shape=m.shape,
+        left=batch.here and stage.left,
+        right=batch.here and stage.right,
+    )
+
+
+def _keep(
+    batch: Batch, results: Sequence[Tensor], work: Work, moved: Sequence[bool]
+) -> None:
+    """Put the updates of a batch in the place of its gradients."""
+    if not batch.here:
+        return
+    each = iter(results)
+    for part, i in zip(batch.parts, batch.places):
+        m = part.matrix
+        if m.share.kind == "stack":
+            one = as_one(m, [next(each) for _ in range(m.share.count)])
+        else:
+            one = next(each)
+        if moved[i]:  # an update may take the gradient's room: there is no more
+            work[i].copy_(one)
+        else:
+            work[i] = one
 
 
 def _nothing_of(
-    matrix: MatrixPlan, count: int, device: torch.device
+    matrix: MatrixPlan, split: str, count: int, device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Gradients and states without entries, for sums that all ranks take part in.
 
@@ -197,6 +167,7 @@ def _nothing_of(
 
     Args:
         matrix: The matrix.
+        split: Which dimension the team divides.
         count: How many of its kind.
         device: Where they shall be.
 
@@ -204,7 +175,7 @@ def _nothing_of(
         Gradients, and states that have moments and no rotations.
     """
     rows, cols = matrix.view.rows, matrix.view.cols
-    shape = (0, cols) if matrix.route.moments.split == "rows" else (rows, 0)
+    shape = (0, cols) if split == "rows" else (rows, 0)
     sizes = dict(zip("mn", shape))
     dtype = matrix.work_dtype
     grads = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,7 @@ from torch.optim.adamw import adamw
 from sharded_adadiag.algorithm.adam import adam_directions
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.options import Options
-from sharded_adadiag.params.local import local
-
-if TYPE_CHECKING:
-    from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.local import LocalParam, local
 
 # torch's CPU kernel computes the entries after the last full vector with scalar code
 # that rounds otherwise. Where they are depends on how a tensor is sharded, so tensors
@@ -24,7 +20,7 @@ VECTOR_NUMEL = 64
 
 
 def plain_update(
-    method: Rule, entries: Sequence[Entry], options: dict[int, Options]
+    method: Rule, entries: Sequence[LocalParam], options: dict[int, Options]
 ) -> None:
     """AdamW on local shards; without momentum the gradient is the first moment.
 
@@ -36,7 +32,7 @@ def plain_update(
         entries: Parameters of which some rank has a gradient.
         options: Of each group, by its identity.
     """
-    groups: dict[tuple[object, ...], list[Entry]] = {}
+    groups: dict[tuple[object, ...], list[LocalParam]] = {}
     for entry in entries:
         state = entry.state()
         state["step"] += 1
@@ -74,7 +70,7 @@ def plain_update(
                     value.copy_(after[name])
 
 
-def _tensors(entry: Entry) -> dict[str, Tensor]:
+def _tensors(entry: LocalParam) -> dict[str, Tensor]:
     """The local tensors of a parameter, by name."""
     grad = entry.grad()
     assert grad is not None

@@ -8,6 +8,8 @@ rotations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,20 +29,18 @@ from sharded_adadiag.step.states import apart
 
 
 def refresh_here(
-    step: Step, m: MatrixPlan, gradient: Tensor, failures: Failures
+    step: Step, m: MatrixPlan, due: Sequence[int], gradient: Tensor, failures: Failures
 ) -> None:
-    """New bases of matrices whose whole gradient is at hand, where they are due.
+    """New bases of matrices whose whole gradient is at hand.
 
     Args:
         step: The step.
         m: Matrices that this rank alone works on.
+        due: Positions of those whose basis is due.
         gradient: Theirs.
         failures: Notes what fails.
     """
     with failures.carried(m.index):
-        due = step.refreshes(m)
-        if not due:
-            return
         options, states = step.options_of(m), step.states(m)
         grads = apart(m, gradient.to(m.work_dtype))
         for i in due:
@@ -105,7 +105,7 @@ def refresh_together(
 
 def _statistic(step: Step, matrix: MatrixPlan, by_gram: bool) -> Tensor:
     """What this rank sends to the head: its piece, or the Gram matrix of its block."""
-    piece = step.gradient(matrix)
+    piece = step.gradient(matrix, matrix.view.layout[step.rank].shape)
     if not by_gram:
         return piece
     # Its own part of the piece: a replica has another.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.plan.geometry import Layout
 
 # Replicas that drifted by rounding are of no concern, other weights are.
@@ -28,7 +28,7 @@ def has_replicas(layout: Layout) -> bool:
 
 def check_presence(
     comm: Communicator,
-    entries: Sequence[Entry],
+    entries: Sequence[LocalParam],
     present: Sequence[int],
     torn: Sequence[bool],
 ) -> None:
@@ -61,7 +61,7 @@ def check_presence(
                 )
 
 
-def check_replicas(comm: Communicator, entries: Sequence[Entry]) -> None:
+def check_replicas(comm: Communicator, entries: Sequence[LocalParam]) -> None:
     """Compare the parameters of ranks that hold the same region; a collective.
 
     Equal regions are updated alike, so different values there mean that the ranks do

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.params.entry import Entry
+from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.step.engine import Engine
 from sharded_adadiag.step.states import become_identity
 from sharded_adadiag.zero import partitions as zero
@@ -73,7 +73,7 @@ class FlatStates:
                 raise ValueError(f"rank {rank}: {problem}")
         self._unverified = []
 
-    def stored(self, engine: Engine) -> Iterator[tuple[Tensor, Entry]]:
+    def stored(self, engine: Engine) -> Iterator[tuple[Tensor, LocalParam]]:
         """The model's copy of each parameter's entries, and the parameter."""
         for parts in self._parts.values():
             for part, i in parts:

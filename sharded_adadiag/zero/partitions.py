@@ -32,12 +32,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from sharded_adadiag.params.local import (
-    Holding,
-    Piece,
-    is_distributed,
-    view_in,
-)
+from sharded_adadiag.params.holding import Holding, view_in
+from sharded_adadiag.params.local import Piece, is_distributed
 from sharded_adadiag.plan.geometry import FlatRange
 
 STATE_KEY = "adadiag"

@@ -21,7 +21,7 @@ from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.checkpoint.hooks import read_stamps, stamp
 from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_column
 from sharded_adadiag.checkpoint.saved_state import SavedState
-from sharded_adadiag.params.entry import Entry, device_of
+from sharded_adadiag.params.local import LocalParam, device_of
 from sharded_adadiag.step.engine import Engine
 
 
@@ -107,7 +107,7 @@ def load_portable_state_dict(engine: Any, state_dict: Mapping[str, Any]) -> None
         _load_untrained(rest, weights)
 
 
-def _weight(entry: Entry) -> StateTensor:
+def _weight(entry: LocalParam) -> StateTensor:
     """The master weight of a parameter as a tensor of the saved form."""
     shape, layout = entry.spec.shape, entry.layout
     rows, cols = entry.spec.stored
