@@ -10,10 +10,10 @@ help: ## this list
 unit: ## tests of one process, under a minute
 	OMP_NUM_THREADS=1 python -m pytest -q -m "not slow and not multiprocess"
 
-threads: ## tests whose ranks are threads
+threads: ## tests whose ranks are threads, and plans for many
 	$(PYTEST) -m "slow and not multiprocess"
 
-processes: ## tests whose ranks are gloo processes
+processes: ## tests whose ranks are processes
 	$(PYTEST) -m "multiprocess and not jobs"
 
 jobs: ## whole jobs, as users start them

@@ -16,27 +16,33 @@ settings.register_profile(
 )
 settings.load_profile("steady")
 
-# Test files whose ranks, as threads, take seconds.
+# Test files whose ranks, as threads, take seconds; single tests are marked themselves.
 SLOW = {
     "test_backward_passes",
+    "test_callers",
     "test_checkpoint",
+    "test_exchange",
     "test_failures",
     "test_first_basis",
     "test_hard_gradients",
     "test_kept_state",
     "test_layouts",
     "test_loading",
+    "test_model_wrappers",
     "test_options_on_ranks",
     "test_param_groups",
     "test_parity",
+    "test_planned_traffic",
     "test_random_cases",
+    "test_replaced_parameters",
+    "test_teams_on_ranks",
     "test_traffic",
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "jobs: whole jobs, as users start them")
-    config.addinivalue_line("markers", "slow: many ranks as threads")
+    config.addinivalue_line("markers", "slow: ranks as threads, or plans for many")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -83,6 +83,7 @@ class Exchange:
         device: torch.device,
         status: int = 0,
         into: str = "",
+        messages: str = "",
     ) -> Pending:
         """Pack and send. On an accelerator the host waits for nothing.
 
@@ -97,13 +98,16 @@ class Exchange:
             into: Name of the memory for messages and results. The next exchange with
                 the same name overwrites it, and starts only when this one has ended.
                 Empty for memory of its own.
+            messages: Another name for that of the messages: exchanges that come one
+                after the other may share it and keep their results.
 
         Returns:
             The exchange under way.
         """
         rank = self.comm.rank
-        earlier = self._latest.get(into)
-        assert earlier is None or earlier.ended, f"{into} is still under way"
+        messages = messages or into
+        earlier = self._latest.get(messages)
+        assert earlier is None or earlier.ended, f"{messages} is still under way"
         pending = Pending(
             copies=plan.prepared.get(rank) or plan.prepare(rank),
             given=pieces,
@@ -114,11 +118,12 @@ class Exchange:
             status=(rank, status),
             into=into,
             memory=functools.partial(self._memory, into),
+            messages=functools.partial(self._memory, messages),
         )
         if not plan.is_local:
             pending.send(self.comm)
-        if into:
-            self._latest[into] = pending
+        if messages:
+            self._latest[messages] = pending
         return pending
 
     def _memory(self, name: str, use: str, device: torch.device, size: int) -> Tensor:
@@ -145,6 +150,7 @@ class Pending:
         status: This rank and its status word.
         into: Name of the memory; empty if each result has its own.
         memory: Gives bytes for a use on a device.
+        messages: The same, for what is sent and received.
         ended: Whether the results were taken.
     """
 
@@ -157,6 +163,7 @@ class Pending:
     status: tuple[int, int]
     into: str
     memory: Callable[[str, torch.device, int], Tensor]
+    messages: Callable[[str, torch.device, int], Tensor]
     ended: bool = False
     _handle: Handle = dataclasses.field(default_factory=Done)
     # Both live until the collective has ended.
@@ -171,8 +178,8 @@ class Pending:
         """
         copies, place = self.copies, comm.device(self.device)
         sent, got = _sizes(copies.sent, comm.size), _sizes(copies.received, comm.size)
-        self._sent = _Bytes(self.memory("send", place, sum(sent)))
-        self._received = _Bytes(self.memory("receive", place, sum(got)))
+        self._sent = _Bytes(self.messages("send", place, sum(sent)))
+        self._received = _Bytes(self.messages("receive", place, sum(got)))
         word = torch.full((1,), self.status[1], dtype=torch.int64, device=place)
         pairs = [(head, word) for head in self._sent.heads(copies.sent)]
         for copy in copies.packed:

@@ -32,8 +32,9 @@ class Transfer:
         pieces: This rank's piece of each item in the source layout.
         wire: Dtype of each on the way.
         work: Dtype wanted of each at the target.
-        into: Name of the buffers used: the job's next transfer of this name reuses
-            them.
+        into: Name of the memory for the answer: the job's next transfer of this name
+            overwrites it. Regions that come apart lie in the memory of messages, which
+            the next transfer overwrites whatever its name.
         apart: Positions of items that are not put together: their answer is a list of
             ``(region, tensor)`` as they came.
     """
@@ -141,6 +142,7 @@ class _Running:
                 device=self.drive.device,
                 status=self.drive.failures.status,
                 into=f"{asked.into} {self.place}",
+                messages=f"messages {self.place}",
             )
 
     def answer(self) -> Any:

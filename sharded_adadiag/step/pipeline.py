@@ -45,6 +45,7 @@ def run_round(step: Step, round_: Round, batches: Batches, failures: Failures) -
     work: Work = [
         step.gradient(part.matrix, again=not part.whole) for part in round_.parts
     ]
+    given = list(work)
     place = {id(part): i for i, part in enumerate(round_.parts)}
     mine = step.working(batches)
     depth = len(round_.moves)
@@ -55,7 +56,8 @@ def run_round(step: Step, round_: Round, batches: Batches, failures: Failures) -
         route = part.matrix.route
         if part.whole and route.kind == "owner" and route.owner == step.rank:
             refresh_here(step, part.matrix, gradient, failures)
-    yield from _update(step, mine, work, place, failures)
+    moved = [now is not then for now, then in zip(work, given)]
+    yield from _update(step, mine, work, (place, moved), failures)
     for k in reversed(range(depth)):
         yield from _hop(round_, k, work, back=True)
         _rotate(step, mine, k, work, place, failures, back=True)
@@ -126,17 +128,23 @@ def _update(
     step: Step,
     batches: Batches,
     work: Work,
-    place: dict[int, int],
+    where: tuple[dict[int, int], list[bool]],
     failures: Failures,
 ) -> Job:
     """Rotate, update the moments and rotate back, in the last stage of each part."""
+    place, moved = where
 
     def keep(batch: Sequence[Part], results: Sequence[Tensor]) -> None:
         each = iter(results)
         for part in batch:
             own = [next(each) for _ in range(part.matrix.share.count)]
-            if step.rank in part.matrix.route.team:
-                work[place[id(part)]] = as_one(part.matrix, own)
+            if step.rank not in part.matrix.route.team:
+                continue
+            i, update = place[id(part)], as_one(part.matrix, own)
+            if moved[i]:  # an update may take the gradient's room: there is no more
+                work[i].copy_(update)
+            else:
+                work[i] = update
 
     waiting: list[tuple[Sequence[Part], Sums[list[Tensor]]]] = []
     for batch in batches:

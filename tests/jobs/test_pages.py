@@ -125,7 +125,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 # ---------------------------------------------------------------- options
 
-FIXED = {"distribution", "process_group", "exclude"}
+FIXED = {"distribution", "buffer_bytes", "process_group", "exclude"}
 
 
 def option_rows() -> dict[str, tuple[str, str, str, str]]:

@@ -114,6 +114,7 @@ def test_a_small_model_takes_a_handful_of_rounds_in_which_all_ranks_work(
         ("70B", 8, row_shards, 0.90),
     ],
 )
+@pytest.mark.slow
 def test_ranks_work_most_of_a_step(model, world_size, shards, least):
     shapes = hidden_shapes(model)
     matrices = planned(shapes, shards(shapes, world_size))

@@ -185,6 +185,7 @@ def test_a_config_file_is_a_model(tmp_path, capsys):
     assert figures["matrices"] == 21 and figures["model"] == str(file)
 
 
+@pytest.mark.slow
 def test_bad_figures_are_warned_of_with_the_option_that_mends_them(capsys):
     told = planned(capsys, "--max-rotated-dim", "100")["warnings"]
     assert any("--max-rotated-dim" in line for line in told)

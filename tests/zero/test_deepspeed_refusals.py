@@ -142,6 +142,7 @@ ASK = """import sys
 print('sharded_adadiag' in sys.modules, hasattr(torch.optim, 'AdaDiag'))"""
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("value,loaded", [("1", True), ("0", False)])
 def test_an_environment_variable_asks_for_the_import(value, loaded):
     done = python(LOAD + ASK, SHARDED_ADADIAG_AUTOLOAD=value)
@@ -149,6 +150,7 @@ def test_an_environment_variable_asks_for_the_import(value, loaded):
     assert done.stdout.split() == [str(loaded)] * 2
 
 
+@pytest.mark.multiprocess
 def test_a_package_that_cannot_be_imported_does_not_break_torch():
     broken = "import sys; sys.modules['sharded_adadiag'] = None; "
     done = python(broken + LOAD + "print('torch works')", SHARDED_ADADIAG_AUTOLOAD="1")

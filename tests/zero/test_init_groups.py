@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from zero_cells import BATCH, OPTIONS, Cell, Model, advance, start_deepspeed
+from support.zero_cells import BATCH, OPTIONS, Cell, Model, advance, start_deepspeed
 
 from sharded_adadiag import AdaDiag, param_groups
 from sharded_adadiag.testing.ranks import run_processes

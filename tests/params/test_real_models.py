@@ -4,7 +4,7 @@ import fnmatch
 
 import pytest
 import torch
-from architectures import built
+from support.architectures import built
 from torch import nn
 
 from sharded_adadiag import param_groups
