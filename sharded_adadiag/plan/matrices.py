@@ -219,7 +219,7 @@ def _drafts(
         shape = view.heights[0], view.cols
         left, right = rotated_sides(shape, fact.options)
         work = step_cost(*shape, left=left, right=right)
-        for home, first, count in divide(view, layout, cols, (work, loads)):
+        for first, count, home in divide(view, layout, cols, (work, loads)):
             for start, size in runs(view, first, count):
                 top = start * view.heights[0] * view.cols // cols
                 share = Share(start, size, top, "stack")

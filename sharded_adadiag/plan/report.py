@@ -15,16 +15,17 @@ from sharded_adadiag.plan.rounds import refresh_rounds
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MatrixRow:
-    """One matrix.
+    """One matrix, or consecutive ones of a stack that have one owner.
 
     Attributes:
-        name: Of the parameter.
-        rows: Of its matrix view.
-        cols: Of its matrix view.
+        name: Of the parameter; behind it, if it is several matrices, which of them.
+        rows: Of the matrix, or of each.
+        cols: Of the matrix, or of each.
         sides: ``"left"``, ``"right"``, ``"left+right"`` or ``"-"``.
         route: ``"owner"`` or ``"broadcast"``.
         owner: The rank that computes its bases.
         state_bytes: In the whole group.
+        count: How many matrices.
     """
 
     name: str
@@ -34,6 +35,7 @@ class MatrixRow:
     route: str
     owner: int
     state_bytes: int
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ class Report:
             ],
         )
         return (
-            f"{self.method}: {len(self.matrices)} matrices, {self.plain} parameters "
+            f"{self.method}: {sum(m.count for m in self.matrices)} matrices, "
+            f"{self.plain} parameters "
             f"updated in place, {self.collectives_per_step} collectives per step "
             f"(+{self.refresh_collectives} when all bases are refreshed)\n\n"
             f"{per_matrix}\n\n{per_rank}"
@@ -148,7 +151,7 @@ def report_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Report:
         ranks.append(
             RankRow(
                 rank,
-                len(owned),
+                sum(m.share.count for m in owned),
                 state[rank],
                 plan.agreement_bytes
                 + sum(some.bytes_sent(rank) for some in plan.rounds)
@@ -160,7 +163,7 @@ def report_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Report:
         )
     return Report(
         plan.rule.name,
-        tuple(map(_matrix_row, matrices)),
+        _matrix_rows(plan),
         tuple(ranks),
         int(plan.agreement_bytes > 0)
         + sum(some.num_collectives for some in plan.rounds)
@@ -258,6 +261,29 @@ def refreshes_of(plan: Plan) -> list[ExchangePlan]:
     return exchanges
 
 
+def _matrix_rows(plan: Plan) -> tuple[MatrixRow, ...]:
+    """A row for each matrix; one for those of a stack in a row with one owner."""
+    rows: list[MatrixRow] = []
+    last: tuple[int, int] | None = None
+    for m in plan.members:
+        row = _matrix_row(m)
+        stack = (m.index, m.route.owner) if m.share.kind == "stack" else None
+        if stack is None or stack != last:
+            rows.append(row)
+            share = m.share
+        else:
+            count = share.count + m.share.count
+            share = dataclasses.replace(share, count=count)
+            rows[-1] = dataclasses.replace(
+                rows[-1],
+                name=share.name(plan.specs[m.index].name),
+                state_bytes=rows[-1].state_bytes + row.state_bytes,
+                count=count,
+            )
+        last = stack
+    return tuple(rows)
+
+
 def _matrix_row(matrix: MatrixPlan) -> MatrixRow:
     sides = [side for side in ("left", "right") if getattr(matrix, side)]
     idle, busy = _kept(matrix)
@@ -268,6 +294,7 @@ def _matrix_row(matrix: MatrixPlan) -> MatrixRow:
         matrix.route.kind,
         matrix.route.owner,
         idle * (len(matrix.view.layout) - len(busy)) + sum(busy.values()),
+        matrix.share.count,
     )
 
 

@@ -25,7 +25,7 @@ MOST_AT_HOME = 2
 
 def divide(
     view: MatrixView, layout: Layout, cols: int, work: tuple[int, list[int]]
-) -> Iterator[tuple[int, int, int]]:
+) -> list[tuple[int, int, int]]:
     """Divide a stack among owners.
 
     Args:
@@ -35,8 +35,8 @@ def divide(
         work: Of a matrix in a step, and of each rank with stacks so far; the latter is
             modified in place.
 
-    Yields:
-        An owner, the first of its matrices and their number.
+    Returns:
+        All matrices in order: the first of some, their number, and their owner.
     """
     each, loads = work
     count, world_size = len(view.heights), len(layout)
@@ -50,25 +50,27 @@ def divide(
         (last - first) * world_size <= MOST_AT_HOME * count * len(ranks)
         for (first, last), ranks in whole.items()
     )
+    given = []
     for first, last, ranks in _stretches(whole if fair else {}, count, world_size):
         least = heapq.nsmallest(last - first, ranks, key=lambda r: (loads[r], r))
         for owner, (start, stop) in zip(least, _even(first, last, len(least))):
             loads[owner] += (stop - start) * each
-            yield owner, start, stop - start
+            given.append((start, stop - start, owner))
+    return sorted(given)
 
 
 def _stretches(
     whole: dict[tuple[int, int], Ranks], count: int, world_size: int
 ) -> Iterator[tuple[int, int, Ranks]]:
-    """All matrices in order, some at a time, with the ranks that may own them."""
+    """All matrices, some at a time, with the ranks that may own them."""
+    for (first, last), ranks in whole.items():
+        yield first, last, ranks
+    # Those that anyone may own make up for what is uneven.
     done = 0
-    for (first, last), ranks in sorted(whole.items()):
+    for first, last in sorted([*whole, (count, count)]):
         if done < first:
             yield done, first, range(world_size)
-        yield first, last, ranks
         done = last
-    if done < count:
-        yield done, count, range(world_size)
 
 
 def runs(view: MatrixView, first: int, count: int) -> Iterator[tuple[int, int]]:

@@ -119,16 +119,16 @@ def _built(config: dict[str, Any], file: Path) -> tuple[Weight, ...]:
     except Exception as error:  # transformers raises whatever the config led to
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"{file}: transformers builds no model: {first}") from error
-    rotated = {
-        name
+    groups = {
+        name: (group["rotate"], group.get("batch_dims", 0))
         for group in param_groups(model)
         for name, _ in group["params"]
-        if group["rotate"]
     }
-    return tuple(
-        Weight(name, tuple(param.shape), name in rotated, _unit(name))
-        for name, param in model.named_parameters()
-    )
+    found = []
+    for name, param in model.named_parameters():
+        rotate, stack = groups[name]
+        found.append(Weight(name, tuple(param.shape), rotate, _unit(name), stack))
+    return tuple(found)
 
 
 def _unit(name: str) -> str:

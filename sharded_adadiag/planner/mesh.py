@@ -97,7 +97,7 @@ def layouts_of(
         return [_sharded(w.shape, mesh, _divided(w, mesh)) for w in weights]
     by_unit: dict[object, list[int]] = {}
     for i, weight in enumerate(weights):
-        unit = weight.unit if mesh.layout == "fsdp1" else weight.rotate
+        unit = weight.unit if mesh.layout == "fsdp1" else weight.group
         by_unit.setdefault(unit, []).append(i)
     # ZeRO rounds a group up to a multiple of two entries per rank.
     multiple = mesh.shards * (2 if mesh.layout == "zero" else 1)
@@ -143,7 +143,7 @@ def _divided(weight: Weight, mesh: Mesh) -> str:
     """
     if mesh.tensor_parallel == 1:
         return ""
-    if _BY_ROWS.search(weight.name):
+    if weight.batch_dims or _BY_ROWS.search(weight.name):  # whole experts
         return "rows"
     if _BY_COLS.search(weight.name):
         return "cols"

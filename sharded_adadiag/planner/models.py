@@ -16,12 +16,19 @@ class Weight:
         rotate: Whether it is in the rotated param group.
         unit: The decoder layer it is in, or "" for the rest of the model: what FSDP1
             wraps, and so lays end to end.
+        batch_dims: Of its param group: leading dimensions that count matrices.
     """
 
     name: str
     shape: tuple[int, ...]
     rotate: bool
     unit: str = ""
+    batch_dims: int = 0
+
+    @property
+    def group(self) -> tuple[bool, int]:
+        """What tells its param group: ``rotate`` and ``batch_dims``."""
+        return self.rotate, self.batch_dims
 
     @property
     def numel(self) -> int:
@@ -87,7 +94,8 @@ class Decoder:
             unit = f"model.layers.{i}"
             for name, shape in (*self._attention(), *self._mlp(), *self._norms()):
                 rotate = len(shape) > 1 and name != "mlp.gate.weight"
-                found.append(Weight(f"{unit}.{name}", shape, rotate, unit))
+                stack = int(len(shape) > 2)
+                found.append(Weight(f"{unit}.{name}", shape, rotate, unit, stack))
         found.append(Weight("model.norm.weight", (self.hidden,), False))
         if not self.tied:
             found.append(Weight("lm_head.weight", table, False))
@@ -107,17 +115,19 @@ class Decoder:
             yield "self_attn.k_norm.weight", (self.head_norm,)
 
     def _mlp(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if self.experts:
+        if self.experts:  # stacked, as transformers 5 has them
+            sizes = self.experts, 2 * self.ffn, self.hidden
             yield "mlp.gate.weight", (self.experts, self.hidden)
-        places = [f"mlp.experts.{e}" for e in range(self.experts)] or ["mlp"]
-        for place in places:
-            for name in ("gate_proj", "up_proj"):
-                yield f"{place}.{name}.weight", (self.ffn, self.hidden)
-                if self.mlp_bias:
-                    yield f"{place}.{name}.bias", (self.ffn,)
-            yield f"{place}.down_proj.weight", (self.hidden, self.ffn)
+            yield "mlp.experts.gate_up_proj", sizes
+            yield "mlp.experts.down_proj", (self.experts, self.hidden, self.ffn)
+            return
+        for name in ("gate_proj", "up_proj"):
+            yield f"mlp.{name}.weight", (self.ffn, self.hidden)
             if self.mlp_bias:
-                yield f"{place}.down_proj.bias", (self.hidden,)
+                yield f"mlp.{name}.bias", (self.ffn,)
+        yield "mlp.down_proj.weight", (self.hidden, self.ffn)
+        if self.mlp_bias:
+            yield "mlp.down_proj.bias", (self.hidden,)
 
     def _norms(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "input_layernorm.weight", (self.hidden,)
@@ -133,9 +143,6 @@ DECODERS = {
     "llama-70b": Decoder(8192, 28672, 80, 8192, 1024),
     "mixtral-8x7b": Decoder(4096, 14336, 32, 4096, 1024, experts=8),
 }
-EXPERTS_APART = (
-    "each expert's matrices are counted as parameters of their own, not as a stack"
-)
 
 
 def named_model(name: str) -> Model:
@@ -160,5 +167,4 @@ def decoder_model(name: str, decoder: Decoder) -> Model:
     Returns:
         The model.
     """
-    notes = (EXPERTS_APART,) if decoder.experts else ()
-    return Model(name, decoder.weights(), notes)
+    return Model(name, decoder.weights())

@@ -59,16 +59,18 @@ class Request:
                 f"{self.mesh.ranks} ranks do not divide into nodes of {node}"
             )
 
-    def group_options(self, *, rotate: bool) -> Options:
-        """The options of one of the two param groups.
+    def group_options(self, *, rotate: bool, batch_dims: int = 0) -> Options:
+        """The options of one of the param groups.
 
         Args:
-            rotate: Of the group whose matrices are rotated.
+            rotate: Of the groups whose matrices are rotated.
+            batch_dims: Of the group of stacks.
 
         Returns:
             The options.
         """
-        return Options(**{**self.rule.options, **self.options, "rotate": rotate})
+        own = {"rotate": rotate, "batch_dims": batch_dims}
+        return Options(**{**self.rule.options, **self.options, **own})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +101,22 @@ def answer(request: Request) -> Answer:
         that are rotated, then the others.
     """
     start = time.perf_counter()
-    weights = sorted(request.model.weights, key=lambda weight: not weight.rotate)
+    weights = sorted(request.model.weights, key=lambda w: (not w.rotate, w.batch_dims))
     place = {weight.name: i for i, weight in enumerate(request.model.weights)}
     layouts = layouts_of(
         request.model.weights, request.mesh, itemsize=request.param_dtype.itemsize
     )
-    options = {rotate: request.group_options(rotate=rotate) for rotate in (True, False)}
+    options = {
+        (rotate, stack): request.group_options(rotate=rotate, batch_dims=stack)
+        for rotate, stack in {weight.group for weight in weights}
+    }
     specs = [
         ParamSpec(
             weight.name,
             weight.shape,
             request.param_dtype,
             request.grad_dtype,
-            options[weight.rotate],
+            options[weight.group],
         )
         for weight in weights
     ]

@@ -232,14 +232,17 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
 
 def _over_max_dim(request: Request) -> int:
     """Matrices that would be rotated but for their size."""
-    every, options = request.model.weights, request.group_options(rotate=True)
-    if options.sides == "none":
+    if request.group_options(rotate=True).sides == "none":
         return 0
     return sum(
         weight.rotate
         and len(weight.shape) > 1
-        and not needs_matrix(request.rule, weight.shape, options)
-        for weight in every
+        and not needs_matrix(
+            request.rule,
+            weight.shape,
+            request.group_options(rotate=True, batch_dims=weight.batch_dims),
+        )
+        for weight in request.model.weights
     )
 
 

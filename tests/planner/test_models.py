@@ -53,7 +53,7 @@ def test_neither_embeddings_nor_head_nor_routers_are_rotated():
     assert "model.layers.*.mlp.gate.weight" in plain
     assert "model.embed_tokens.weight" in plain
     assert not weights[-1].rotate and weights[-1].name == "lm_head.weight"
-    assert sum(w.rotate for w in weights) == 32 * (4 + 3 * 8)
+    assert sum(w.rotate for w in weights) == 32 * (4 + 2)
 
 
 def written(folder: Path, config) -> Path:
@@ -91,18 +91,18 @@ def test_the_formula_does_without_transformers(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(2 * (4 + 3 * 3))]
+    assert done.stdout.split() == [str(2 * (4 + 2))]
 
 
-def test_stacked_experts_of_transformers_are_not_rotated_and_that_is_said(tmp_path):
+def test_stacked_experts_have_a_group_of_their_own(tmp_path):
     pytest.importorskip("transformers")
     config = {"model_type": "mixtral", **SMALL, "num_local_experts": 3}
     model = model_of_config(written(tmp_path, config))
     stacks = [weight for weight in model.weights if len(weight.shape) == 3]
-    assert stacks and not any(weight.rotate for weight in stacks)
-    assert model.notes == (
-        f"{len(stacks)} stacks of matrices are not rotated: plain Adam",
-    )
+    assert {weight.group for weight in stacks} == {(True, 1)}
+    assert len(stacks) == 4 and model.notes == ()
+    by_formula = decoder_of(config, name="config").weights()
+    assert {w.name: w for w in by_formula} == {w.name: w for w in model.weights}
 
 
 def test_layers_are_units_and_the_rest_is_one(tmp_path):

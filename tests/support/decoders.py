@@ -85,17 +85,18 @@ def megatron(module: nn.Module, mesh: Any) -> None:
 
 
 def groups(module: nn.Module, model: Model) -> list[dict[str, Any]]:
-    """The two param groups, sorted as the model says; FSDP1 tells of its parameters."""
+    """The param groups, sorted as the model says; FSDP1 tells of its parameters."""
     param_groups(module)
     named = {clean(name): param for name, param in module.named_parameters()}
     return [
         {
             "params": [
-                (w.name, named[w.name]) for w in model.weights if w.rotate is on
+                (w.name, named[w.name]) for w in model.weights if w.group == group
             ],
-            "rotate": on,
+            "rotate": group[0],
+            "batch_dims": group[1],
         }
-        for on in (True, False)
+        for group in sorted({w.group for w in model.weights}, reverse=True)
     ]
 
 
