@@ -29,12 +29,13 @@ class StateTensor:
     in its own way: one block, or one for each of several matrices.
 
     Attributes:
-        name: Of the parameter.
-        key: Of the state.
+        name: Name of its parameter, for messages.
+        key: Its key in the parameter's saved state, such as ``exp_avg``.
         shape: The logical shape in the saved form.
-        cols: Of the matrix view in which the regions are given.
-        blocks: Of each block of rows their number and the region of each rank.
-        dtype: Of the tensor.
+        cols: Columns of the matrix view in which the regions are given.
+        blocks: The blocks of rows, in order: the number of rows, and the region of
+            each rank within the block.
+        dtype: Dtype in use, and in the saved form.
         saved: The region of each rank in the saved form; None is an even share of
             the first dimension.
     """
@@ -49,7 +50,7 @@ class StateTensor:
 
     @property
     def rows(self) -> int:
-        """Of the matrix view."""
+        """Rows of the matrix view."""
         return sum(rows for rows, _ in self.blocks)
 
     @property
@@ -277,7 +278,7 @@ def row_chunks(length: int, inner: int, cols: int, world_size: int) -> Layout:
     """What each rank has under ``Shard(0)``: a chunk as ``torch.chunk`` makes them.
 
     Args:
-        length: Of the first dimension.
+        length: Length of the first dimension.
         inner: Product of the other dimensions.
         cols: Columns of the matrix view, which divide ``inner``.
         world_size: Number of ranks.

@@ -39,7 +39,7 @@ def saved_tensors(
 
     Args:
         spec: The parameter.
-        plans: Of its matrices, in order.
+        plans: The plans of its matrices, in order.
         world_size: Number of ranks.
 
     Yields:
@@ -66,9 +66,9 @@ def live_blocks(
     """Where the blocks of a saved tensor are in the live state; views.
 
     Args:
-        plans: Of the parameter's matrices, in order.
+        plans: The plans of the parameter's matrices, in order.
         state: This rank's state of the parameter.
-        key: Of the saved tensor.
+        key: The saved tensor's key.
         rank: This rank.
 
     Returns:

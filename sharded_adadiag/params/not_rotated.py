@@ -261,7 +261,7 @@ def is_stack_of_experts(name: str, module: nn.Module, shape: Sequence[int]) -> b
     """Whether a parameter is one matrix for each of several experts.
 
     Args:
-        name: Of the parameter.
+        name: The parameter's name.
         module: Its owner.
         shape: Its logical shape.
 
