@@ -40,6 +40,7 @@ class Exchange:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self._buffers: dict[tuple[str, str, torch.device], Tensor] = {}
+        self._unread: list[tuple[list[int], Tensor]] = []
         self._latest: weakref.WeakValueDictionary[str, Pending] = (
             weakref.WeakValueDictionary()
         )
@@ -69,9 +70,10 @@ class Exchange:
         Returns:
             What `Pending.finish` returns.
         """
-        return self.start(
+        results, statuses = self.start(
             plan, pieces, wire, work, device=device, status=status, into=into
         ).finish()
+        return results, statuses | self.unread_statuses()
 
     def start(
         self,
@@ -119,12 +121,28 @@ class Exchange:
             into=into,
             memory=functools.partial(self._memory, into),
             messages=functools.partial(self._memory, messages),
+            unread=self._unread if self.comm.device(device).type != "cpu" else None,
         )
         if not plan.is_local:
             pending.send(self.comm)
         if messages:
             self._latest[messages] = pending
         return pending
+
+    def unread_statuses(self) -> dict[int, int]:
+        """The status words of others that were left on an accelerator.
+
+        Reading them there would make the host wait for every exchange, so they are
+        read together: once in a step.
+
+        Returns:
+            Those that are not 0, by rank.
+        """
+        ranks = [rank for some, _ in self._unread for rank in some]
+        words = [heads for _, heads in self._unread]
+        self._unread.clear()
+        read = torch.cat(words).tolist() if words else []
+        return {rank: word for rank, word in zip(ranks, read) if word}
 
     def _memory(self, name: str, use: str, device: torch.device, size: int) -> Tensor:
         """``size`` bytes: kept for the next exchange of the same name if it has one."""
@@ -151,6 +169,7 @@ class Pending:
         into: Name of the memory; empty if each result has its own.
         memory: Gives bytes for a use on a device.
         messages: The same, for what is sent and received.
+        unread: Where the status words of others are put, if they are not read at once.
         ended: Whether the results were taken.
     """
 
@@ -164,6 +183,7 @@ class Pending:
     into: str
     memory: Callable[[str, torch.device, int], Tensor]
     messages: Callable[[str, torch.device, int], Tensor]
+    unread: list[tuple[list[int], Tensor]] | None = None
     ended: bool = False
     _handle: Handle = dataclasses.field(default_factory=Done)
     # Both live until the collective has ended.
@@ -193,8 +213,8 @@ class Pending:
     def finish(self, apart: Collection[int] = ()) -> tuple[list[Any], dict[int, int]]:
         """Wait for the data and put this rank's new pieces together.
 
-        On an accelerator the host waits once if another rank has sent anything: for
-        the status words, when all copies are in the queue. Else it does not wait.
+        On an accelerator the host does not wait, and what status words others have
+        sent is left to `Exchange.unread_statuses`.
 
         Args:
             apart: Positions of matrices that are not put together.
@@ -286,9 +306,11 @@ class Pending:
     def _statuses(self) -> dict[int, int]:
         words = dict([self.status])
         if self._received is not None and self.copies.received:
-            heads = list(self._received.heads(self.copies.received))
-            # One transfer to the host, not one per rank.
-            words.update(zip(self.copies.received, torch.cat(heads).tolist()))
+            heads = torch.cat(list(self._received.heads(self.copies.received)))
+            if self.unread is None:
+                words.update(zip(self.copies.received, heads.tolist()))
+            else:
+                self.unread.append((list(self.copies.received), heads))
         return {rank: words[rank] for rank in sorted(words) if words[rank]}
 
 

@@ -184,6 +184,7 @@ class Engine:
         if self.shared:
             self._run(step, self._refreshes(step))
         self._run(step, self._round_jobs(step))
+        self.failures.receive(self.exchange.unread_statuses())
         if self.failures.status:
             self.failures.raise_noted([entry.spec.name for entry in self.entries])
         plain = [self.entries[i] for i in self.plain if present[i]]

@@ -280,6 +280,28 @@ def test_a_status_reaches_those_who_get_data_and_its_own_rank_and_nobody_else(
         assert list(found) == sorted(found)
 
 
+def told_later(rank, plan, shapes, failed):
+    """As on an accelerator: two exchanges, then their status words at once."""
+    pieces = pieces_of(plan, matrices(shapes), rank)
+    exchange = of_this_rank()
+    for word in (0, 100 + rank if rank in failed else 0):
+        pending = start(exchange, plan, pieces, status=word)
+        pending.unread = exchange._unread
+        pending.finish()
+    return exchange.unread_statuses(), exchange.unread_statuses()
+
+
+@settings(max_examples=20)
+@given(exchanges(), st.sets(st.integers(0, 7)))
+def test_statuses_left_on_an_accelerator_are_read_together(case, failed):
+    plan, shapes = case
+    results = run_threads(plan.world_size, told_later, *case, failed)
+    for rank, (found, again) in enumerate(results):
+        from_whom = senders(plan, shapes, rank) - {rank}
+        assert found == {other: 100 + other for other in from_whom & failed}
+        assert again == {}
+
+
 class Counting:
     """A communicator that notes the bytes to each rank in each all-to-all."""
 
