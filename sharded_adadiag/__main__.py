@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: Of the command line; None: those of this process.
+        arguments: The command line's; None for those of this process.
 
     Returns:
         The exit code: 0, or 2 for a request that makes no sense.

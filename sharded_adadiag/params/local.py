@@ -21,9 +21,9 @@ class Piece:
     """One parameter of an optimizer and this rank's part of it.
 
     Attributes:
-        name: Of the parameter.
-        dtype: Of the tensor that is updated.
-        grad_dtype: Of its gradient.
+        name: The parameter's name.
+        dtype: Dtype of the tensor that is updated.
+        grad_dtype: Dtype of its gradient.
         holding: Logical shape and region.
         group: Its param group.
         rotate: Whether it may be rotated.

@@ -12,8 +12,8 @@ def even_blocks(rows: int, cols: int, parts: int, *, by_rows: bool) -> Layout:
     """Row or column blocks whose sizes differ by at most one.
 
     Args:
-        rows: Of the matrix.
-        cols: Of the matrix.
+        rows: Number of rows of the matrix.
+        cols: Number of columns of the matrix.
         parts: Number of blocks; some are empty if there are more than lines.
         by_rows: Row blocks rather than column blocks.
 
@@ -32,8 +32,8 @@ def spread(layout: Layout, rows: int, cols: int, *, by_rows: bool) -> Layout:
 
     Args:
         layout: Blocks of whole rows, or of whole columns.
-        rows: Of the matrix.
-        cols: Of the matrix.
+        rows: Number of rows of the matrix.
+        cols: Number of columns of the matrix.
         by_rows: They are row blocks rather than column blocks.
 
     Returns:
@@ -58,8 +58,8 @@ def team_blocks(
 
     Args:
         team: The ranks, no more than there are lines to divide.
-        rows: Of the matrix.
-        cols: Of the matrix.
+        rows: Number of rows of the matrix.
+        cols: Number of columns of the matrix.
         world_size: Number of ranks.
         by_rows: Row blocks rather than column blocks.
 

@@ -48,8 +48,8 @@ def refresh_cost(rows: int, cols: int, *, left: bool, right: bool, basis: str) -
     """Multiply-adds of one decomposition.
 
     Args:
-        rows: Of the matrix.
-        cols: Of the matrix.
+        rows: Number of rows of the matrix.
+        cols: Number of columns of the matrix.
         left: Whether P is computed.
         right: Whether Q is computed.
         basis: ``"svd"`` or ``"eigh"``.

@@ -28,8 +28,8 @@ class MatrixLayout:
 
     Attributes:
         name: The parameter's name, for messages.
-        rows: Of the full matrix.
-        cols: Of the full matrix.
+        rows: Number of rows of the full matrix.
+        cols: Number of columns of the full matrix.
         layout: The region of each rank.
         grad_itemsize: Bytes of one gradient element.
         work_itemsize: Bytes of one element of the computation and of the update.

@@ -49,9 +49,9 @@ class MatrixPlan:
         right: Q is applied.
         cost: Work and state.
         route: How it is computed.
-        moment_dtype: Of the stored moments.
-        rotation_dtype: Of the stored rotations.
-        work_dtype: Of the computation and of the update.
+        moment_dtype: Dtype of the stored moments.
+        rotation_dtype: Dtype of the stored rotations.
+        work_dtype: Dtype of the computation and of the update.
         moments: Names and dimensions of its moments.
         divisible: Its lines are independent of each other, so that a step may work on
             some of them at a time: one side is rotated, and the rule asks for no sum.
@@ -171,7 +171,7 @@ def plan_matrices(
     """Plan every parameter that must be seen as a whole matrix.
 
     Args:
-        facts: Of all parameters.
+        facts: What is equal on all ranks about each parameter.
         layouts: Where the entries of each are.
         method: The optimizer.
         world_size: Number of ranks.

@@ -27,7 +27,7 @@ def assign_owners(
     are moved or swapped while the most loaded rank gains.
 
     Args:
-        costs: Of each matrix.
+        costs: What each matrix costs.
         world_size: Number of ranks.
         borne: Owner and cost of the matrices that have an owner already.
 

@@ -231,7 +231,7 @@ def alike(matrices: Sequence[MatrixPlan]) -> list[tuple[MatrixPlan, int]]:
     """Matrices of which every rank keeps and works the same, counted together.
 
     Args:
-        matrices: Of one plan.
+        matrices: The matrices of one plan.
 
     Returns:
         One of each kind, and how many there are of it.

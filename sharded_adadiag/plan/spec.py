@@ -18,7 +18,7 @@ class ParamSpec:
         name: Its name, or its position as text.
         shape: Its logical shape.
         dtype: Its dtype.
-        grad_dtype: Of its gradient, and of that on its way between ranks.
+        grad_dtype: Dtype of its gradient, also on the way between ranks.
         options: Its group's options.
         width: Columns of the view in which its layout is given; None: as usual.
     """

@@ -63,7 +63,7 @@ def decoder_of(config: dict[str, Any], *, name: str) -> Decoder:
     """The sizes of a decoder built like LLaMA.
 
     Args:
-        config: Of a Hugging Face model.
+        config: A Hugging Face model's configuration.
         name: For messages.
 
     Returns:

@@ -14,7 +14,7 @@ def plot(plan: Plan, title: str, file: Path) -> None:
 
     Args:
         plan: The plan.
-        title: Of the picture.
+        title: The picture's title.
         file: Where to write it; the name's end says in which format.
 
     Raises:

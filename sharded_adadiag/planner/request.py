@@ -32,8 +32,8 @@ class Request:
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         buffer_bytes: What the exchanges of a step may take on a rank, or None.
         ranks_per_node: Ranks that are near each other; None if all are.
-        param_dtype: Of the parameters that the optimizer updates.
-        grad_dtype: Of their gradients.
+        param_dtype: Dtype of the parameters that the optimizer updates.
+        grad_dtype: Dtype of their gradients.
     """
 
     model: Model
@@ -63,8 +63,8 @@ class Request:
         """The options of one of the param groups.
 
         Args:
-            rotate: Of the groups whose matrices are rotated.
-            batch_dims: Of the group of stacks.
+            rotate: The options of a group whose matrices are rotated, not of the other.
+            batch_dims: Leading dimensions that count matrices, of the group of stacks.
 
         Returns:
             The options.

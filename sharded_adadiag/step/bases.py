@@ -62,7 +62,7 @@ class KnownBases:
 
         Args:
             matrix: The plan.
-            position: Of the matrix in the plan.
+            position: Which of the plan's matrices.
             basis: What came of it.
         """
         if basis.made:

@@ -26,7 +26,7 @@ class Batch:
         parts: The parts.
         places: Their positions in the round.
         first: The matrix of the first part; what the parts have alike is read of it.
-        stages: Of its route.
+        stages: The stages of that matrix's route.
         here: This rank has a block of each.
     """
 
@@ -63,11 +63,11 @@ class RoundHere:
     """A round as one rank sees it.
 
     Attributes:
-        positions: Of the parameters that it works on, the same on every rank.
+        positions: Positions of the parameters in it, the same on every rank.
         parts: The parts that this rank stores or works on.
         regions: What of each part's matrix this rank stores.
         shapes: The shape of each such region.
-        hops: Of each pair of stages, the way there and the way back.
+        hops: For each pair of stages the way there and the way back.
         batches: The parts, those alike together. Those of matrices whose blocks' sums
             are added up over ranks are equal on every rank.
         owned: Positions of parts of which this rank alone has the whole gradient.

@@ -61,7 +61,7 @@ def agree_on_parameters(
         comm: The ranks.
         find: Gives this rank's pieces.
         settings: Options of the whole optimizer that the plan is made from.
-        kind: Of the parameters, for messages.
+        kind: What the parameters are called in messages.
 
     Returns:
         The parameters.
@@ -154,7 +154,7 @@ def raise_on_mismatch(published: Sequence[Described], kind: str) -> None:
 
     Args:
         published: By rank, an error or "", the optimizer's settings, the parameters.
-        kind: Of the parameters, for messages.
+        kind: What the parameters are called in messages.
 
     Raises:
         ValueError: For the first difference.

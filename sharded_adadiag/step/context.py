@@ -256,7 +256,7 @@ class Step:
 
         Args:
             here: The round.
-            work: Of each part its update, whole or as pairs of region and entries.
+            work: Each part's update, whole or as pairs of region and entries.
         """
         for part, stored, pieces in zip(here.parts, here.regions, work):
             if not self.present[part.matrix.index]:

@@ -25,7 +25,7 @@ class Reading(NamedTuple):
     """The options of one step.
 
     Attributes:
-        options: Of each group, by its identity.
+        options: The options of each param group, by the group's ``id``.
         complaint: What is wrong with them on this rank; empty if nothing is.
         fingerprint: Equal on two ranks if they have the same parameters in each group
             and the same of what steers collectives; 31 bits.
@@ -95,7 +95,7 @@ class GroupOptions:
         """What the ranks must agree on; groups are numbered as they are met.
 
         Args:
-            options: Of each group, by its identity.
+            options: The options of each param group, by the group's ``id``.
 
         Returns:
             One row for each entry.

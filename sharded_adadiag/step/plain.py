@@ -30,7 +30,7 @@ def plain_update(
     Args:
         method: The optimizer.
         entries: Parameters of which some rank has a gradient.
-        options: Of each group, by its identity.
+        options: The options of each param group, by the group's ``id``.
     """
     groups: dict[tuple[object, ...], list[LocalParam]] = {}
     for entry in entries:

@@ -37,7 +37,7 @@ def refresh_here(
         step: The step.
         m: Matrices that this rank alone works on.
         due: Positions of those whose basis is due.
-        gradient: Theirs.
+        gradient: What was gathered of their gradient.
         failures: Notes what fails.
     """
     with failures.carried(m.index):
