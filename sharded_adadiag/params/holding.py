@@ -33,8 +33,9 @@ class Holding:
 
     Attributes:
         shape: The logical shape of the parameter.
-        rows: Number of rows of the view in which the region is given (`MatrixView.stored`, or for a
-            stack cut along its last dimensions one with the rows of all matrices).
+        rows: Number of rows of the view in which the region is given:
+            `MatrixView.stored`, or, for a stack cut along its last dimensions, one
+            with the rows of all matrices.
         cols: Number of columns of that view.
         region: The part of the view that is held here.
     """
