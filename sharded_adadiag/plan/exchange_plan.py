@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from sharded_adadiag.plan.copies import (
     Arrival,
@@ -136,8 +136,7 @@ def _wanted_numel(cols: int, source: Layout, target: Layout) -> int:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where a region of matrix ``item`` lies in the chunk of a pair of ranks."""
 
     item: int
@@ -146,8 +145,7 @@ class Span:
     stop: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The message between this rank and another.
 
     Attributes:
