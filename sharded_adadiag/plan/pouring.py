@@ -22,6 +22,9 @@ FEWEST_LINES = 16
 FINENESS = 16
 # What lies on more ranks than this is taken to lie evenly on all.
 FEW_SENDERS = 16
+# Lines of narrower shards than so many cuts are not told apart by who sends them: that
+# brings nothing and makes thousands of segments.
+SHARD_CUTS = 4
 # Ranks that send, each with its share of every line.
 Senders = tuple[tuple[int, float], ...]
 
@@ -233,8 +236,8 @@ def _split(
     evenly = [(0, lines, *_evenly_from(storage))]
     if not by_rows:
         return evenly
-    if lines < 2 * step or len(storage.pieces) * step > of_all:
-        # Narrower shards than cuts: many ranks send alike.
+    if lines < 2 * step or len(storage.pieces) * step * SHARD_CUTS > of_all:
+        # Shards are not much wider than cuts: many ranks send alike.
         width = max(-(-lines // 16), step)
         edges = [*range(0, lines, width), lines]
         return [(a, b, (), 0.0) for a, b in zip(edges, edges[1:])]
