@@ -7,12 +7,12 @@ piece go where in the message, and which bytes that came go where in the new pie
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from sharded_adadiag.plan.geometry import Box, FlatRange, Region, as_flat
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Entries of contiguous memory, as ``Tensor.as_strided`` takes them.
 
     Attributes:
@@ -26,8 +26,7 @@ class Place:
     offset: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """A region of matrix ``item``, copied from one place to another of equal size.
 
     Attributes:
@@ -43,8 +42,7 @@ class Copy:
     target: Place
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """How this rank's new piece of one matrix is put together.
 
     Attributes:

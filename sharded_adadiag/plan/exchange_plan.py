@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from sharded_adadiag.plan.copies import (
     Arrival,
     Copy,
     CopyList,
+    Place,
     dense,
     inside,
 )
 from sharded_adadiag.plan.geometry import Layout, Region, shared_regions
 
 HEADER_BYTES = 8
+# Matrices and regions, in the order of a message, by the other rank.
+Between = dict[int, list[tuple[int, Region]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class Move:
                 yield from ((target, region) for target in targets)
             return
         replicas = self.source.holders(rank)
+        if not replicas:
+            return
         held = self.source[rank]
         for _, shared, targets in self.target.overlapping(held, self.cols):
             for target in targets:
@@ -136,8 +141,7 @@ def _wanted_numel(cols: int, source: Layout, target: Layout) -> int:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where a region of matrix ``item`` lies in the chunk of a pair of ranks."""
 
     item: int
@@ -146,8 +150,7 @@ class Span:
     stop: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The message between this rank and another.
 
     Attributes:
@@ -191,19 +194,27 @@ class ExchangePlan:
 
     def sent(self, rank: int) -> list[Chunk]:
         """The messages of a rank, to those that get data of it, in rank order."""
-        return self._chunks(rank, (hop.leaving(rank) for hop in self.hops))
+        return self._chunks(self._between(rank, Move.leaving))
 
     def received(self, rank: int) -> list[Chunk]:
         """The messages to a rank, from those that have data for it, in rank order."""
-        return self._chunks(rank, (hop.arriving(rank) for hop in self.hops))
+        return self._chunks(self._between(rank, Move.arriving))
+
+    def sizes_sent(self, rank: int) -> dict[int, int]:
+        """Bytes of the messages of a rank, by the rank that gets one."""
+        return self._sizes(self._between(rank, Move.leaving))
+
+    def sizes_received(self, rank: int) -> dict[int, int]:
+        """Bytes of the messages to a rank, by the rank that sends one."""
+        return self._sizes(self._between(rank, Move.arriving))
 
     def bytes_sent(self, rank: int) -> int:
         """Bytes that a rank sends to the others, status words included."""
-        return 0 if self.is_local else sum(c.nbytes for c in self.sent(rank))
+        return 0 if self.is_local else sum(self.sizes_sent(rank).values())
 
     def messages_sent(self, rank: int) -> int:
         """Ranks that a rank sends anything to."""
-        return 0 if self.is_local else len(self.sent(rank))
+        return 0 if self.is_local else len(self.sizes_sent(rank))
 
     def prepare(self, rank: int) -> CopyList:
         """What a rank copies: listed at the first call, kept for all that follow."""
@@ -228,64 +239,92 @@ class ExchangePlan:
             ),
         )
 
-    def _chunks(
-        self, rank: int, regions: Iterable[Iterator[tuple[int, Region]]]
-    ) -> list[Chunk]:
+    @cached_property
+    def _order(self) -> list[int]:
+        """Positions of the matrices as they follow each other in a message."""
+        return sorted(range(len(self.hops)), key=lambda i: -self.hops[i].itemsize)
+
+    def _between(
+        self, rank: int, way: Callable[[Move, int], Iterator[tuple[int, Region]]]
+    ) -> Between:
         """What passes between a rank and each other one, in rank order."""
-        between: dict[int, list[tuple[int, int, Region]]] = {}
-        for item, (hop, some) in enumerate(zip(self.hops, regions)):
-            for other, region in some:
+        between: Between = {}
+        for item in self._order:
+            for other, region in way(self.hops[item], rank):
                 if other != rank:
-                    key = -hop.itemsize, item, region
-                    between.setdefault(other, []).append(key)
-        return [_chunk(other, sorted(between[other])) for other in sorted(between)]
+                    between.setdefault(other, []).append((item, region))
+        return dict(sorted(between.items()))
+
+    def _chunks(self, between: Between) -> list[Chunk]:
+        chunks = []
+        for other, parts in between.items():
+            spans, start = [], HEADER_BYTES
+            for item, region in parts:
+                stop = start + region.numel * self.hops[item].itemsize
+                spans.append(Span(item, region, start, stop))
+                start = stop
+            chunks.append(Chunk(other, tuple(spans), _padded(start)))
+        return chunks
+
+    def _sizes(self, between: Between) -> dict[int, int]:
+        sizes = {}
+        for other, parts in between.items():
+            data = (region.numel * self.hops[item].itemsize for item, region in parts)
+            sizes[other] = _padded(HEADER_BYTES + sum(data))
+        return sizes
 
     def _copies(self, rank: int) -> CopyList:
-        outgoing, incoming = self.sent(rank), self.received(rank)
+        outgoing = self._between(rank, Move.leaving)
+        incoming = self._between(rank, Move.arriving)
+        regions = [(hop.source[rank], hop.target[rank]) for hop in self.hops]
+        places: dict[tuple[int, Region], Place] = {}  # many replicas get the same
         leaving = []
-        for span, start in _placed(outgoing):
-            hop = self.hops[span.item]
-            source = inside(hop.source[rank], span.region, hop.cols)
-            target = dense(span.region.shape, start // hop.itemsize)
-            leaving.append(Copy(span.item, span.region, source, target))
+        for item, region, start in self._placed(outgoing):
+            hop, source = self.hops[item], places.get((item, region))
+            if source is None:
+                source = inside(regions[item][0], region, hop.cols)
+                places[item, region] = source
+            target = dense(region.shape, start // hop.itemsize)
+            leaving.append(Copy(item, region, source, target))
         came: dict[int, list[Copy]] = {}
-        for span, start in _placed(incoming):
-            hop = self.hops[span.item]
-            source = dense(span.region.shape, start // hop.itemsize)
-            target = inside(hop.target[rank], span.region, hop.cols)
-            copy = Copy(span.item, span.region, source, target)
-            came.setdefault(span.item, []).append(copy)
+        for item, region, start in self._placed(incoming):
+            hop = self.hops[item]
+            source = dense(region.shape, start // hop.itemsize)
+            target = inside(regions[item][1], region, hop.cols)
+            came.setdefault(item, []).append(Copy(item, region, source, target))
         return CopyList(
-            {chunk.rank: chunk.nbytes for chunk in outgoing},
-            {chunk.rank: chunk.nbytes for chunk in incoming},
+            self._sizes(outgoing),
+            self._sizes(incoming),
             tuple(leaving),
             tuple(
-                _arrival(rank, item, hop, came.get(item, ()))
+                _arrival(item, hop, *regions[item], came.get(item, ()))
                 for item, hop in enumerate(self.hops)
             ),
         )
 
-
-def _chunk(other: int, parts: Sequence[tuple[int, int, Region]]) -> Chunk:
-    spans, start = [], HEADER_BYTES
-    for negative_size, item, region in parts:
-        stop = start - region.numel * negative_size
-        spans.append(Span(item, region, start, stop))
-        start = stop
-    return Chunk(other, tuple(spans), -(-start // 8) * 8)
-
-
-def _placed(chunks: Sequence[Chunk]) -> Iterator[tuple[Span, int]]:
-    """Every span, and its first byte in the buffer of all messages."""
-    start = 0
-    for chunk in chunks:
-        yield from ((span, start + span.start) for span in chunk.spans)
-        start += chunk.nbytes
+    def _placed(self, between: Between) -> Iterator[tuple[int, Region, int]]:
+        """Matrix, region and first byte in the buffer of all messages."""
+        start = 0
+        for parts in between.values():
+            start += HEADER_BYTES
+            for item, region in parts:
+                yield item, region, start
+                start += region.numel * self.hops[item].itemsize
+            start = _padded(start)
 
 
-def _arrival(rank: int, item: int, hop: Move, came: Sequence[Copy]) -> Arrival:
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 8) * 8
+
+
+def _arrival(
+    item: int, hop: Move, held: Region, wanted: Region, came: Sequence[Copy]
+) -> Arrival:
     """The new piece of one matrix on one rank."""
-    held, wanted = hop.source[rank], hop.target[rank]
+    if not wanted.numel:
+        return Arrival(
+            wanted.shape, held == wanted and not hop.summed, True, hop.summed, (), ()
+        )
     if hop.summed:
         place = dense(wanted.shape)
         summand = [Copy(item, wanted, place, place)] if wanted.numel else []

@@ -7,10 +7,11 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
-class Box:
+# Regions are tuples because a plan for thousands of ranks makes a million of them.
+class Box(NamedTuple):
     """The rectangle ``[row_start:row_stop, col_start:col_stop]``; may be empty."""
 
     row_start: int
@@ -21,16 +22,17 @@ class Box:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the rectangle."""
-        return self.row_stop - self.row_start, self.col_stop - self.col_start
+        top, bottom, left, right = self
+        return bottom - top, right - left
 
     @property
     def numel(self) -> int:
         """Entries in it."""
-        return self.shape[0] * self.shape[1]
+        top, bottom, left, right = self
+        return (bottom - top) * (right - left)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
-class FlatRange:
+class FlatRange(NamedTuple):
     """Entries ``[start:stop]`` of the matrix in row-major order; may be empty."""
 
     start: int
@@ -51,6 +53,9 @@ Region = Box | FlatRange
 # Ascending ranks. A `range` wherever they are evenly spaced, so that equal ranks
 # compare equal and 4,096 replicas take no more room than two.
 Ranks = Sequence[int]
+Pieces = tuple[tuple[Region, Ranks], ...]
+# So many pieces are looked through faster than put in order.
+FEW = 16
 
 EMPTY = Box(0, 0, 0, 0)
 
@@ -68,7 +73,7 @@ class Layout:
     """
 
     world_size: int
-    pieces: tuple[tuple[Region, Ranks], ...]
+    pieces: Pieces
     rest: Region = EMPTY
 
     @classmethod
@@ -99,7 +104,7 @@ class Layout:
     def __getitem__(self, rank: int) -> Region:
         if not 0 <= rank < self.world_size:
             raise IndexError(rank)  # ends iteration
-        return self._place.get(rank, self.rest)
+        return self._found(rank)[0]
 
     def __iter__(self) -> Iterator[Region]:
         return (self[rank] for rank in range(self.world_size))
@@ -120,8 +125,7 @@ class Layout:
 
     def holders(self, rank: int) -> Ranks:
         """The ranks that hold what a rank holds; none if that is nothing."""
-        region = self[rank]
-        return self._ranks[region] if region.numel else ()
+        return self._found(rank)[1]
 
     def overlapping(
         self, wanted: Region, cols: int
@@ -138,14 +142,26 @@ class Layout:
         """
         if not wanted.numel:
             return
-        axis, ordered, stops = self._sorted
-        low, high = _extent(wanted, axis, cols) if axis else (0, 0)
-        first = bisect.bisect_right(stops, low) if axis else 0
-        for piece, ranks in ordered[first:] if first else ordered:
-            if axis and _extent(piece, axis, cols)[0] >= high:
-                break
+        pieces = self.pieces
+        if len(pieces) > FEW:
+            axis, pieces, starts, stops = self._sorted
+            if axis:
+                low, high = _extent(wanted, axis, cols)
+                first = bisect.bisect_right(stops, low)
+                last = bisect.bisect_left(starts, high)
+                pieces = pieces[first:last]
+        for piece, ranks in pieces:
             for shared in shared_regions(piece, wanted, cols):
                 yield piece, shared, ranks
+
+    def _found(self, rank: int) -> tuple[Region, Ranks]:
+        """The region of a rank and all ranks that hold it; none if it is empty."""
+        if len(self.pieces) > FEW:
+            return self._place.get(rank, (self.rest, ()))
+        for piece in self.pieces:
+            if rank in piece[1]:
+                return piece
+        return self.rest, ()
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
@@ -156,24 +172,21 @@ class Layout:
         return hash(self._key)
 
     @cached_property
-    def _place(self) -> dict[int, Region]:
-        return {rank: region for region, ranks in self.pieces for rank in ranks}
+    def _place(self) -> dict[int, tuple[Region, Ranks]]:
+        return {rank: piece for piece in self.pieces for rank in piece[1]}
 
     @cached_property
-    def _ranks(self) -> dict[Region, Ranks]:
-        return dict(self.pieces)
-
-    @cached_property
-    def _sorted(self) -> tuple[str, tuple[tuple[Region, Ranks], ...], list[int]]:
-        """The axis along which the pieces lie, and the pieces and their ends along it.
+    def _sorted(self) -> tuple[str, Pieces, list[int], list[int]]:
+        """The axis along which the pieces lie, they, their starts and ends along it.
 
         The axis is "" if they lie along none.
         """
         axis = _axis([region for region, _ in self.pieces])
         if not axis:
-            return "", self.pieces, []
-        ordered = sorted(self.pieces, key=lambda piece: piece[0])
-        return axis, tuple(ordered), [_extent(p, axis, 1)[1] for p, _ in ordered]
+            return "", self.pieces, [], []
+        ordered = tuple(sorted(self.pieces, key=lambda piece: piece[0]))
+        extents = [_extent(piece, axis, 1) for piece, _ in ordered]
+        return axis, ordered, [a for a, _ in extents], [b for _, b in extents]
 
 
 def ranks_of(ranks: Sequence[int]) -> Ranks:
@@ -261,8 +274,11 @@ def intersect(a: Region, b: Region, cols: int) -> Region | None:
 
 
 def _common_box(a: Box, b: Box) -> Box | None:
-    top, bottom = max(a.row_start, b.row_start), min(a.row_stop, b.row_stop)
-    left, right = max(a.col_start, b.col_start), min(a.col_stop, b.col_stop)
+    top, bottom, left, right = a
+    first, last, begin, end = b
+    # Comparisons, for `max` and `min` take most of the time of a plan otherwise.
+    top, bottom = top if top > first else first, bottom if bottom < last else last
+    left, right = left if left > begin else begin, right if right < end else end
     return Box(top, bottom, left, right) if top < bottom and left < right else None
 
 
@@ -280,9 +296,12 @@ def shared_regions(a: Region, b: Region, cols: int) -> tuple[Region, ...]:
     Returns:
         Disjoint regions in row-major order, none empty; the same for b and a.
     """
-    if isinstance(a, Box) and isinstance(b, FlatRange):
+    if isinstance(a, Box):
+        if isinstance(b, Box):
+            box = _common_box(a, b)
+            return () if box is None else (box,)
         a, b = b, a
-    if isinstance(a, FlatRange) and isinstance(b, Box) and b.shape[1] != cols:
+    if isinstance(b, Box) and b.shape[1] != cols:
         return _boxes_of(a, b, cols)
     shared = intersect(a, b, cols)
     return () if shared is None else (shared,)

@@ -16,13 +16,17 @@ from collections.abc import Sequence
 from sharded_adadiag.plan.geometry import Box
 from sharded_adadiag.plan.items import Item, Packing
 from sharded_adadiag.plan.matrices import MatrixPlan
-from sharded_adadiag.plan.pouring import pour
+from sharded_adadiag.plan.pouring import FEWEST_LINES, pour
 from sharded_adadiag.plan.storing import most_stored
 
 # How much of the limit a rank works on in a round, in percent. The less it is, the
 # less often a rank waits for one that sends to others already, but the more rounds
 # there are.
 FILL_PERCENT = 100, 60, 40, 28, 20
+# Among more ranks than this, several always ask one at a time: the first fills of
+# those above fail, so they are not tried.
+MANY_RANKS = 16
+MANY_FILL_PERCENT = 40, 28, 20
 # Of the efficiency that the balance of the ranks allows.
 ENOUGH = 0.93
 
@@ -52,8 +56,10 @@ def pack(
         if max((items[i].nbytes(box) for box, _ in items[i].blocks), default=0) > limit
     }
     best: tuple[Packing, list[int]] | None = None
+    line = max((items[i].line_bytes for i in may), default=0)
+    rooms = _rooms(limit, FEWEST_LINES * line, many=world_size > MANY_RANKS)
     for cut in (must, may) if must != may else (must,):
-        for room in _rooms(limit) if cut == may else (limit,):
+        for room in rooms if cut == may else (limit,):
             packing = _fill(items, cut, world_size, (room, limit))
             most = _most_bytes(matrices, items, packing)
             good = max(most, default=0) <= limit or not cut
@@ -65,8 +71,20 @@ def pack(
     return best
 
 
-def _rooms(limit: int) -> list[int]:
-    return [max(limit * percent // 100, 1) for percent in FILL_PERCENT]
+def _rooms(limit: int, least: int, *, many: bool) -> list[int]:
+    """Bytes that a rank works on in a round, to be tried one after the other.
+
+    Args:
+        limit: The most.
+        least: What it has in any case, as far as the limit allows.
+        many: There are many ranks.
+
+    Returns:
+        Falling, each once.
+    """
+    percents = MANY_FILL_PERCENT if many else FILL_PERCENT
+    rooms = (max(limit * percent // 100, least, 1) for percent in percents)
+    return list(dict.fromkeys(min(room, limit) for room in rooms))
 
 
 def _key(packing: Packing, most: Sequence[int], limit: int) -> tuple[int, float]:

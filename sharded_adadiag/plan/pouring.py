@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.geometry import Box, FlatRange, Layout
+from sharded_adadiag.plan.geometry import Box, Layout
 from sharded_adadiag.plan.items import Item, Packing
 
 # Cuts are at multiples of these lines or fewer: products of odd widths are slower.
@@ -22,6 +22,11 @@ FEWEST_LINES = 16
 FINENESS = 16
 # What lies on more ranks than this is taken to lie evenly on all.
 FEW_SENDERS = 16
+# Lines of narrower shards than so many cuts are not told apart by who sends them: that
+# brings nothing and makes thousands of segments.
+SHARD_CUTS = 4
+# Ranks that send, each with its share of every line.
+Senders = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -35,14 +40,16 @@ class _Segment:
         stop: The end of the segment.
         senders: Who sends, each with its share of every line.
         evenly: The share of one rank of many that send alike.
+        step: Cuts are at multiples of so many lines.
     """
 
     item: Item
     block: Box
     start: int
     stop: int
-    senders: tuple[tuple[int, float], ...]
+    senders: Senders
     evenly: float
+    step: int
 
 
 class _Senders:
@@ -57,10 +64,10 @@ class _Senders:
     def room(self, segment: _Segment) -> float:
         """Bytes that may still come from the senders of a segment."""
         rest = self.limit - self.evenly
-        rooms = [(rest - self.each.get(r, 0.0)) / s for r, s in segment.senders]
-        if segment.evenly:
-            rooms.append((rest - self.most) / segment.evenly)
-        return min(rooms, default=rest)
+        if segment.senders:
+            each = self.each
+            return min([(rest - each.get(r, 0.0)) / s for r, s in segment.senders])
+        return (rest - self.most) / segment.evenly if segment.evenly else rest
 
     def take(self, segment: _Segment, nbytes: float) -> None:
         """Note bytes of a segment."""
@@ -68,7 +75,8 @@ class _Senders:
         for rank, share in segment.senders:
             sent = self.each.get(rank, 0.0) + share * nbytes
             self.each[rank] = sent
-            self.most = max(self.most, sent)
+            if sent > self.most:
+                self.most = sent
 
 
 def pour(
@@ -117,33 +125,32 @@ def _fill(
     """Fill a rank's room in a round, from the first segments that have senders."""
     room, senders = bounds
     some = packing.rounds[k]
-    used, work = packing.used[rank], packing.work[rank]
+    used, work = packing.used[rank][k], packing.work[rank][k]
     last: _Segment | None = None  # its slice may go on in the next segment
     spent = 0
     for n, segment in enumerate(segments):
-        item = segment.item
-        begun = (some.get(item.position) or {}).get(rank)
-        goes_on = (
-            last is not None
-            and begun is not None
-            and (last.item is item and last.start == last.stop == segment.start)
-        )
-        if begun is not None and not goes_on:
+        item, start = segment.item, segment.start
+        blocks = some.get(item.position)
+        begun = blocks.get(rank) if blocks else None
+        if begun is not None and not (
+            last is not None and last.item is item and last.start == last.stop == start
+        ):
             continue
-        taken = _lines_that_fit(segment, room, used[k], senders)
+        taken = _lines_that_fit(segment, room - used, senders, first=not used)
         if taken:
-            start, segment.start = segment.start, segment.start + taken
+            segment.start = start + taken
             new = item.slice(segment.block, start, segment.start)
-            blocks = some.setdefault(item.position, {})
-            assert blocks is not None
+            if blocks is None:
+                blocks = some[item.position] = {}
             blocks[rank] = new if begun is None else _joined(begun, new)
-            used[k] += taken * item.line_bytes
-            work[k] += taken * item.line_work
+            used += taken * item.line_bytes
+            work += taken * item.line_work
             senders.take(segment, taken * item.line_bytes / item.copies)
             last = segment
             spent = n + 1
-        if used[k] + item.line_bytes * _step(item, room) > room:
+        if used + item.line_bytes * segment.step > room:
             break
+    packing.used[rank][k], packing.work[rank][k] = used, work
     segments[:spent] = [s for s in segments[:spent] if s.start < s.stop]
 
 
@@ -151,18 +158,20 @@ def _joined(upper: Box, lower: Box) -> Box:
     return Box(upper.row_start, lower.row_stop, upper.col_start, lower.col_stop)
 
 
-def _lines_that_fit(segment: _Segment, room: int, used: int, senders: _Senders) -> int:
-    """Lines for a round with so many bytes used; all that is left if there is room."""
+def _lines_that_fit(
+    segment: _Segment, room: int, senders: _Senders, *, first: bool
+) -> int:
+    """Lines for so much room; all that is left of the segment if they fit."""
     item, left = segment.item, segment.stop - segment.start
-    fit = max(room - used, 0) // item.line_bytes
-    sent = int(max(senders.room(segment), 0.0) * item.copies) // item.line_bytes
-    fit = min(fit, sent)
-    if not used and not senders.each and not senders.evenly:
-        fit = max(fit, FEWEST_LINES)  # in a round of its own, if need be
+    fit = room // item.line_bytes
+    sent = int(senders.room(segment) * item.copies) // item.line_bytes
+    if sent < fit:
+        fit = sent
+    if first and not senders.each and not senders.evenly and fit < FEWEST_LINES:
+        fit = FEWEST_LINES  # in a round of its own, if need be
     if fit >= left:
         return left
-    step = _step(item, room)
-    return fit // step * step
+    return fit // segment.step * segment.step if fit > 0 else 0
 
 
 def _step(item: Item, room: int) -> int:
@@ -189,44 +198,62 @@ def _segments(
     keyed = []
     for item, block in queue:
         intensity = item.line_work / item.line_bytes
-        for n, segment in enumerate(_split(item, block, room)):
+        step, lines = _step(item, room), item.lines(block)
+        parts = _split(item.storage, block, (step, _all_lines(item)), item.by_rows)
+        for n, (start, stop, senders, evenly) in enumerate(parts):
             if item.by_rows and len(item.blocks) > 1:  # its senders are its team's own
-                at, begin = segment.start / item.lines(block), item.phase
-            elif segment.senders:
-                at, begin = segment.senders[0][0] / len(item.storage), share
+                at, begin = start / lines, item.phase
+            elif senders:
+                at, begin = senders[0][0] / len(item.storage), share
             else:
-                at, begin = segment.start / item.lines(block), share
+                at, begin = start / lines, share
             order = -intensity, item.by_rows, (at - begin) % 1.0, item.position, n
+            segment = _Segment(item, block, start, stop, senders, evenly, step)
             keyed.append((order, segment))
     keyed.sort(key=lambda pair: pair[0])
     return [segment for _, segment in keyed]
 
 
-def _split(item: Item, block: Box, room: int) -> list[_Segment]:
-    """A block's lines by who sends them."""
-    lines, pieces = item.lines(block), item.storage.pieces
-    if not item.by_rows:
-        return [_Segment(item, block, 0, lines, *_evenly_from(item.storage))]
-    step = _step(item, room)
-    if lines < 2 * step or len(pieces) * step > _all_lines(item):
-        # Narrower shards than cuts: many ranks send alike.
+# The layers of a model repeat their matrices, and often teams do.
+@functools.lru_cache(maxsize=4096)
+def _split(
+    storage: Layout, block: Box, steps: tuple[int, int], by_rows: bool
+) -> list[tuple[int, int, Senders, float]]:
+    """A block's lines by who sends them: the first and last, and as in `_Segment`.
+
+    Args:
+        storage: Where the matrix is stored.
+        block: The block.
+        steps: Lines between cuts, and of all blocks of the matrix.
+        by_rows: Its lines are rows.
+
+    Returns:
+        Some lines after the other.
+    """
+    step, of_all = steps
+    cols = block.shape[1]
+    lines = block.shape[0 if by_rows else 1]
+    evenly = [(0, lines, *_evenly_from(storage))]
+    if not by_rows:
+        return evenly
+    if lines < 2 * step or len(storage.pieces) * step * SHARD_CUTS > of_all:
+        # Shards are not much wider than cuts: many ranks send alike.
         width = max(-(-lines // 16), step)
         edges = [*range(0, lines, width), lines]
-        return [_Segment(item, block, a, b, (), 0.0) for a, b in zip(edges, edges[1:])]
-    cols = block.col_stop - block.col_start
-    segments = []
-    top, done = block.row_start, 0
-    wanted = FlatRange(top * cols, block.row_stop * cols)
-    for _, region, ranks in item.storage.overlapping(wanted, cols):
+        return [(a, b, (), 0.0) for a, b in zip(edges, edges[1:])]
+    parts: list[tuple[int, int, Senders, float]] = []
+    done = 0
+    for _, region, ranks in storage.overlapping(block, cols):
         if isinstance(region, Box):
-            return [_Segment(item, block, 0, lines, *_evenly_from(item.storage))]
-        # A row belongs to whoever has its end; that is exact but for one row.
-        stop = region.stop // cols - top
+            if region.shape[1] < cols:
+                return evenly
+            stop = region.row_stop - block.row_start
+        else:  # a row belongs to whoever has its end; exact but for one row
+            stop = region.stop // cols - block.row_start
         if stop > done:
-            sender = ((ranks[0], 1.0),)
-            segments.append(_Segment(item, block, done, stop, sender, 0.0))
+            parts.append((done, stop, ((ranks[0], 1.0),), 0.0))
             done = stop
-    return segments
+    return parts
 
 
 def _all_lines(item: Item) -> int:
@@ -236,7 +263,7 @@ def _all_lines(item: Item) -> int:
 @functools.lru_cache(maxsize=1024)
 def _evenly_from(
     storage: Layout,
-) -> tuple[tuple[tuple[int, float], ...], float]:
+) -> tuple[Senders, float]:
     """Who sends a line of which all holders have a part."""
     pieces = storage.pieces
     numel = sum(piece.numel for piece, _ in pieces)

@@ -175,12 +175,11 @@ def traffic(plan: Plan, rank: int, refreshes: Sequence[ExchangePlan] = ()) -> Tr
             for back, exchange in enumerate(pair):
                 if exchange.is_local:
                     continue
-                chunks = exchange.sent(rank)
-                out = sum(chunk.nbytes for chunk in chunks)
+                sizes = exchange.sizes_sent(rank)
+                out = sum(sizes.values())
                 sent += out
-                messages += len(chunks)
-                come = sum(chunk.nbytes for chunk in exchange.received(rank))
-                ways[back] += out + come
+                messages += len(sizes)
+                ways[back] += out + sum(exchange.sizes_received(rank).values())
         arriving.append(ways[0])
         working.append(_held(some, rank) if any(ways) else 0)
         leaving.append(ways[1])

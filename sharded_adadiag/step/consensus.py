@@ -119,7 +119,7 @@ def _ranks_per_node(world_size: int) -> int:
 
 def _row(region: Region) -> tuple[int, ...]:
     if isinstance(region, Box):
-        return 0, *dataclasses.astuple(region)
+        return 0, *region
     return 1, region.start, region.stop, 0, 0
 
 
