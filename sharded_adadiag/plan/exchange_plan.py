@@ -29,6 +29,8 @@ from sharded_adadiag.plan.geometry import Layout, Region, shared_regions
 HEADER_BYTES = 8
 # Matrices and regions, in the order of a message, by the other rank.
 Between = dict[int, list[tuple[int, Region]]]
+# From a matrix and a rank to the other ranks and regions.
+Way = Callable[["Move", int], Iterator[tuple[int, Region]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,9 +89,10 @@ class Move:
         if not replicas:
             return
         held = self.source[rank]
+        alone = len(replicas) == 1
         for _, shared, targets in self.target.overlapping(held, self.cols):
             for target in targets:
-                if len(replicas) == 1 or _sender(replicas, target) == rank:
+                if alone or _sender(replicas, target) == rank:
                     yield target, shared
 
     @property
@@ -202,11 +205,11 @@ class ExchangePlan:
 
     def sizes_sent(self, rank: int) -> dict[int, int]:
         """Bytes of the messages of a rank, by the rank that gets one."""
-        return self._sizes(self._between(rank, Move.leaving))
+        return self._sizes_of(rank, Move.leaving)
 
     def sizes_received(self, rank: int) -> dict[int, int]:
         """Bytes of the messages to a rank, by the rank that sends one."""
-        return self._sizes(self._between(rank, Move.arriving))
+        return self._sizes_of(rank, Move.arriving)
 
     def bytes_sent(self, rank: int) -> int:
         """Bytes that a rank sends to the others, status words included."""
@@ -244,15 +247,26 @@ class ExchangePlan:
         """Positions of the matrices as they follow each other in a message."""
         return sorted(range(len(self.hops)), key=lambda i: -self.hops[i].itemsize)
 
-    def _between(
-        self, rank: int, way: Callable[[Move, int], Iterator[tuple[int, Region]]]
-    ) -> Between:
+    def _sizes_of(self, rank: int, way: Way) -> dict[int, int]:
+        """Bytes of the message between a rank and each other one, in no order."""
+        data: dict[int, int] = {}
+        for hop in self.hops:
+            for other, region in way(hop, rank):
+                nbytes = region.numel * hop.itemsize
+                data[other] = data.get(other, HEADER_BYTES) + nbytes
+        data.pop(rank, None)
+        return {other: _padded(nbytes) for other, nbytes in data.items()}
+
+    def _between(self, rank: int, way: Way) -> Between:
         """What passes between a rank and each other one, in rank order."""
         between: Between = {}
         for item in self._order:
             for other, region in way(self.hops[item], rank):
                 if other != rank:
-                    between.setdefault(other, []).append((item, region))
+                    if other in between:
+                        between[other].append((item, region))
+                    else:
+                        between[other] = [(item, region)]
         return dict(sorted(between.items()))
 
     def _chunks(self, between: Between) -> list[Chunk]:
@@ -277,14 +291,16 @@ class ExchangePlan:
         outgoing = self._between(rank, Move.leaving)
         incoming = self._between(rank, Move.arriving)
         regions = [(hop.source[rank], hop.target[rank]) for hop in self.hops]
-        places: dict[tuple[int, Region], Place] = {}  # many replicas get the same
+        # Many replicas get the same: where it is, and how it lies in a message.
+        places: dict[tuple[int, Region], tuple[Place, Place]] = {}
         leaving = []
         for item, region, start in self._placed(outgoing):
-            hop, source = self.hops[item], places.get((item, region))
-            if source is None:
-                source = inside(regions[item][0], region, hop.cols)
-                places[item, region] = source
-            target = dense(region.shape, start // hop.itemsize)
+            hop, known = self.hops[item], places.get((item, region))
+            if known is None:
+                place = inside(regions[item][0], region, hop.cols)
+                known = places[item, region] = place, dense(place.size)
+            source, (size, stride, _) = known
+            target = Place(size, stride, start // hop.itemsize)
             leaving.append(Copy(item, region, source, target))
         came: dict[int, list[Copy]] = {}
         for item, region, start in self._placed(incoming):

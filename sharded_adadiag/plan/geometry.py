@@ -189,10 +189,16 @@ class Layout:
         return axis, ordered, [a for a, _ in extents], [b for _, b in extents]
 
 
+@functools.lru_cache(maxsize=8192)
+def alone(rank: int) -> Ranks:
+    """The ranks that are only this one, kept once for the many blocks it works on."""
+    return range(rank, rank + 1)
+
+
 def ranks_of(ranks: Sequence[int]) -> Ranks:
     """Ascending ranks as a range if they are evenly spaced."""
     if len(ranks) == 1:
-        return range(ranks[0], ranks[0] + 1)
+        return alone(ranks[0])
     step = ranks[1] - ranks[0]
     even = range(ranks[0], ranks[-1] + 1, step)
     return even if list(even) == list(ranks) else tuple(ranks)
@@ -249,7 +255,7 @@ def everywhere(rows: int, cols: int, world_size: int) -> Layout:
 
 def only_on(rank: int, rows: int, cols: int, world_size: int) -> Layout:
     """The layout in which one rank holds everything."""
-    return on_team(range(rank, rank + 1), rows, cols, world_size)
+    return on_team(alone(rank), rows, cols, world_size)
 
 
 def intersect(a: Region, b: Region, cols: int) -> Region | None:

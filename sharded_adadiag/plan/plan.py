@@ -10,6 +10,7 @@ from sharded_adadiag.algorithm.state import Rule, moment_dtype, plain_moments
 from sharded_adadiag.options import BUFFER_BYTES
 from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.matrices import MatrixPlan, plan_matrices
+from sharded_adadiag.plan.quiet import no_collections
 from sharded_adadiag.plan.rounds import Round, make_rounds
 from sharded_adadiag.plan.spec import ParamSpec
 
@@ -85,6 +86,7 @@ class Plan:
         empty = cls(world_size, rule, distribution, buffer_bytes, ranks_per_node)
         return empty.extended(specs, layouts)
 
+    @no_collections()
     def extended(self, specs: Sequence[ParamSpec], layouts: Sequence[Layout]) -> Plan:
         """The plan with further parameters, behind those it has.
 
@@ -116,6 +118,7 @@ class Plan:
             plan, rounds=(*self.rounds, *plan._make_rounds(matrices))
         )
 
+    @no_collections()
     def without(self, positions: Collection[int]) -> Plan:
         """The plan of a step in which just these parameters take no part.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Box, Layout
+from sharded_adadiag.plan.geometry import Box, Layout, alone
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.packing import pack
 
@@ -210,9 +210,7 @@ def _local_rounds(matrices: Sequence[MatrixPlan]) -> list[Round]:
 def _part(matrix: MatrixPlan, blocks: dict[int, Box] | None, world_size: int) -> Part:
     if blocks is None:
         return Part.all_of(matrix)
-    pieces = tuple(
-        (block, range(rank, rank + 1)) for rank, block in sorted(blocks.items())
-    )
+    pieces = tuple((block, alone(rank)) for rank, block in sorted(blocks.items()))
     layouts = matrix.view.layout, Layout(world_size, pieces)
     return Part(matrix, layouts, whole=False)
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
 from sharded_adadiag.plan.plan import Plan
+from sharded_adadiag.plan.quiet import no_collections
 from sharded_adadiag.plan.report import refreshes_of, state_bytes, step_work
 from sharded_adadiag.plan.rounds import Round
 
 # Traffic is listed message by message for this many ranks; of more, for a sample.
 RANKS_LISTED = 32
-SPREAD = 16
-BUSIEST = 8
+SPREAD = 6
+BUSIEST = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Traffic:
     buffers: int
 
 
+@no_collections()
 def figures_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Figures:
     """The figures of a plan.
 

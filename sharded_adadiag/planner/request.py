@@ -13,6 +13,7 @@ import torch
 from sharded_adadiag.algorithm.state import ADADIAG, ADAFACDIAG, HFACDIAG, Rule
 from sharded_adadiag.options import Options
 from sharded_adadiag.plan.plan import Plan
+from sharded_adadiag.plan.quiet import no_collections
 from sharded_adadiag.plan.spec import ParamSpec
 from sharded_adadiag.planner.mesh import Mesh, layouts_of
 from sharded_adadiag.planner.models import Model
@@ -90,6 +91,7 @@ class Answer:
     peak_rss_mb: float
 
 
+@no_collections()
 def answer(request: Request) -> Answer:
     """Make the plan that the ranks of such a run would make.
 
