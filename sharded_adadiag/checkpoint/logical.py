@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from sharded_adadiag.comm.collectives import Communicator, ProcessGroup
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Box, Layout, cut_rows, entries_above
+from sharded_adadiag.plan.geometry import Layout, cut_rows
+from sharded_adadiag.plan.regions import Box, entries_above
 
 # Bytes of full state tensors moved at once: bounds the memory of saving.
 CHUNK_BYTES = 1 << 28

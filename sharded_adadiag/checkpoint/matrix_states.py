@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.checkpoint.logical import StateTensor, vector_layout
-from sharded_adadiag.plan.geometry import Box, Layout, on_team
+from sharded_adadiag.plan.geometry import Layout, on_team
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.spec import ParamSpec
 
 ROTATIONS = {"rotation_left": ("m", "m"), "rotation_right": ("n", "n")}

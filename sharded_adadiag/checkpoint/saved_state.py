@@ -14,8 +14,8 @@ from sharded_adadiag.checkpoint.logical import LogicalState, StateTensor, as_col
 from sharded_adadiag.checkpoint.matrix_states import live_blocks, saved_tensors
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.params.local import LocalParam, device_of, is_distributed, local
-from sharded_adadiag.plan.geometry import FlatRange
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.regions import FlatRange
 
 
 class SavedState:

@@ -24,7 +24,7 @@ from torch import Tensor
 from sharded_adadiag.comm.collectives import Communicator, Done, Handle
 from sharded_adadiag.plan.copies import Arrival, CopyList, Place, inside
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.plan.geometry import Region
+from sharded_adadiag.plan.regions import Region
 
 # Results begin at multiples of this many bytes of the memory that they share.
 ALIGNMENT = 64

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sharded_adadiag.plan.geometry import FlatRange
+from sharded_adadiag.plan.regions import FlatRange
 
 _remembered: Any = WeakIdKeyDictionary()
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sharded_adadiag.params.fsdp1 import remembered
-from sharded_adadiag.plan.geometry import Box, Region, full
+from sharded_adadiag.plan.regions import Box, Region, full
 from sharded_adadiag.plan.view import MatrixView
 
 

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sharded_adadiag.params.holding import Holding, gradient_dtype, holding
-from sharded_adadiag.plan.geometry import Layout, Region
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.regions import Region
 from sharded_adadiag.plan.spec import ParamSpec
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from sharded_adadiag.plan.geometry import Box, Layout, Ranks, full
+from sharded_adadiag.plan.geometry import Layout, Ranks
+from sharded_adadiag.plan.regions import Box, full
 
 
 @functools.lru_cache(maxsize=64)

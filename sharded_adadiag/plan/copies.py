@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from sharded_adadiag.plan.geometry import Box, FlatRange, Region, as_flat
+from sharded_adadiag.plan.regions import Box, FlatRange, Region, as_flat
 
 
 class Place(NamedTuple):

@@ -24,7 +24,8 @@ from sharded_adadiag.plan.copies import (
     dense,
     inside,
 )
-from sharded_adadiag.plan.geometry import Layout, Region, shared_regions
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.regions import Region, shared_regions
 
 HEADER_BYTES = 8
 # Matrices and regions, in the order of a message, by the other rank.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from sharded_adadiag.plan.geometry import Box, Layout, Ranks
+from sharded_adadiag.plan.geometry import Layout, Ranks
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.regions import Box
 
 # The blocks of one matrix in one round, by rank; None for all of it.
 Blocks = dict[int, Box] | None

@@ -6,7 +6,8 @@ import dataclasses
 import enum
 import functools
 
-from sharded_adadiag.plan.geometry import Box, Layout, tiling_error
+from sharded_adadiag.plan.geometry import Layout, tiling_error
+from sharded_adadiag.plan.regions import Box
 
 
 class Storage(enum.Enum):

@@ -18,9 +18,10 @@ from sharded_adadiag.algorithm.state import (
 )
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose
-from sharded_adadiag.plan.geometry import Box, Layout, cut_rows
+from sharded_adadiag.plan.geometry import Layout, cut_rows
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.ownership import assign_owners
+from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.route import (
     Route,
     broadcast_obstacle,

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.geometry import Box
 from sharded_adadiag.plan.items import Item, Packing
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.pouring import FEWEST_LINES, pour
+from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.storing import most_stored
 
 # How much of the limit a rank works on in a round, in percent. The less it is, the

@@ -11,8 +11,9 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.geometry import Box, Layout
+from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.items import Item, Packing
+from sharded_adadiag.plan.regions import Box
 
 # Cuts are at multiples of these lines or fewer: products of odd widths are slower.
 LINES = 64

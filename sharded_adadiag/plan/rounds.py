@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Box, Layout, alone
+from sharded_adadiag.plan.geometry import Layout, alone
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.packing import pack
+from sharded_adadiag.plan.regions import Box
 
 # Without communication there is nothing to fuse, only temporary memory to save.
 LOCAL_ROUND_BYTES = 1 << 22

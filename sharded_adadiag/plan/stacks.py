@@ -14,7 +14,8 @@ import heapq
 from collections.abc import Iterator
 
 from sharded_adadiag.plan.blocks import cut
-from sharded_adadiag.plan.geometry import Box, Layout, Ranks, Region, full
+from sharded_adadiag.plan.geometry import Layout, Ranks
+from sharded_adadiag.plan.regions import Box, Region, full
 from sharded_adadiag.plan.view import MatrixView
 
 # Entries that are worked on, and moved, together.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 
-from sharded_adadiag.plan.geometry import Box, FlatRange, Layout, Ranks
+from sharded_adadiag.plan.geometry import Layout, Ranks
 from sharded_adadiag.plan.items import Blocks, Item
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.regions import Box, FlatRange
 
 
 def most_stored(

@@ -8,14 +8,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.geometry import (
-    EMPTY,
-    Box,
-    FlatRange,
-    Layout,
-    Region,
-    everywhere,
-)
+from sharded_adadiag.plan.geometry import EMPTY, Layout, everywhere
+from sharded_adadiag.plan.regions import Box, FlatRange, Region
 from sharded_adadiag.plan.view import MatrixView
 from sharded_adadiag.planner.models import Weight
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan
-from sharded_adadiag.plan.geometry import Region
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.regions import Region
 from sharded_adadiag.plan.rounds import Part, Round
 from sharded_adadiag.plan.route import Stage
 

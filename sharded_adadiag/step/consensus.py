@@ -18,7 +18,8 @@ from torch import Tensor
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.local import Piece
-from sharded_adadiag.plan.geometry import Box, FlatRange, Layout, Region
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.regions import Box, FlatRange, Region
 from sharded_adadiag.plan.spec import ParamSpec
 
 Settings = Mapping[str, Any]

@@ -14,8 +14,8 @@ from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.local import LocalParam
-from sharded_adadiag.plan.geometry import Box, Region, entries_above
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.regions import Box, Region, entries_above
 from sharded_adadiag.plan.rounds import Part
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import Batch, RoundHere

@@ -34,7 +34,7 @@ from torch.utils.weak import TensorWeakRef
 
 from sharded_adadiag.params.holding import Holding, view_in
 from sharded_adadiag.params.local import Piece, is_distributed
-from sharded_adadiag.plan.geometry import FlatRange
+from sharded_adadiag.plan.regions import FlatRange
 
 STATE_KEY = "adadiag"
 # Name, parameter, and whether DeepSpeed named it rather than the user.

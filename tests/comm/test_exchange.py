@@ -17,14 +17,8 @@ from sharded_adadiag.comm.exchange import Exchange, window
 from sharded_adadiag.plan import exchange_plan
 from sharded_adadiag.plan.blocks import even_blocks
 from sharded_adadiag.plan.exchange_plan import HEADER_BYTES, ExchangePlan, Move
-from sharded_adadiag.plan.geometry import (
-    Box,
-    FlatRange,
-    Layout,
-    everywhere,
-    full,
-    only_on,
-)
+from sharded_adadiag.plan.geometry import Layout, everywhere, only_on
+from sharded_adadiag.plan.regions import Box, FlatRange, full
 from sharded_adadiag.testing.ranks import run_processes, run_threads
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from sharded_adadiag import AdaDiag, AdafacDiag, param_groups
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.holding import holding
-from sharded_adadiag.plan.geometry import Box
+from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.view import MatrixView
 from sharded_adadiag.testing.ranks import run_threads
 

@@ -8,7 +8,8 @@ from support.exchanges import exchanges, mask
 from sharded_adadiag.plan import exchange_plan
 from sharded_adadiag.plan.blocks import team_blocks
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Box, FlatRange, Layout, shared_regions
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.regions import Box, FlatRange, shared_regions
 
 cases = st.one_of(exchanges(), exchanges(back_of_a_cut=True))
 

@@ -4,14 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharded_adadiag.plan.blocks import team_blocks
-from sharded_adadiag.plan.geometry import (
-    EMPTY,
-    Box,
-    FlatRange,
-    Layout,
-    on_team,
-    shared_regions,
-)
+from sharded_adadiag.plan.geometry import EMPTY, Layout, on_team
+from sharded_adadiag.plan.regions import Box, FlatRange, shared_regions
 
 
 def entries(region, cols):

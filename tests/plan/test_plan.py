@@ -12,17 +12,14 @@ from sharded_adadiag.plan.distribution import Candidate, choose, step_bytes
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import (
     EMPTY,
-    Box,
-    FlatRange,
     Layout,
     everywhere,
-    full,
-    intersect,
     only_on,
     tiling_error,
 )
 from sharded_adadiag.plan.layout import MatrixLayout, Storage
 from sharded_adadiag.plan.ownership import assign_owners
+from sharded_adadiag.plan.regions import Box, FlatRange, full, intersect
 from sharded_adadiag.plan.route import broadcast_route, owner_route
 
 LLAMA = {  # hidden, feed-forward, layers: section 5.2 of the paper, GaLore's shapes

@@ -6,14 +6,9 @@ from support.plans import max_over_mean, rank_loads
 from support.specs import spec
 
 from sharded_adadiag.algorithm.state import ADADIAG
-from sharded_adadiag.plan.geometry import (
-    Box,
-    FlatRange,
-    Layout,
-    cut_rows,
-    entries_above,
-)
+from sharded_adadiag.plan.geometry import Layout, cut_rows
 from sharded_adadiag.plan.plan import Plan
+from sharded_adadiag.plan.regions import Box, FlatRange, entries_above
 from sharded_adadiag.plan.report import report_of
 
 HEIGHT, WIDTH = 24, 16

@@ -16,7 +16,7 @@ from tests.support.plans import (
 from sharded_adadiag.algorithm.state import ADAFACDIAG
 from sharded_adadiag.plan import teams
 from sharded_adadiag.plan.cost import MatrixCost
-from sharded_adadiag.plan.geometry import Box
+from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.teams import Demand, choose_teams
 
 

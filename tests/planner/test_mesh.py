@@ -8,7 +8,8 @@ from support.decoders import EVEN_MODEL, TINY_MODEL, groups, shared
 from torch import nn
 
 from sharded_adadiag import AdaDiag
-from sharded_adadiag.plan.geometry import Box, FlatRange, tiling_error
+from sharded_adadiag.plan.geometry import tiling_error
+from sharded_adadiag.plan.regions import Box, FlatRange
 from sharded_adadiag.planner.mesh import Mesh, layouts_of
 from sharded_adadiag.planner.models import DECODERS, Weight, named_model
 from sharded_adadiag.testing.ranks import run_processes, run_threads

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Box, FlatRange, Layout, Region
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.regions import Box, FlatRange, Region
 
 
 def entries(matrix: np.ndarray, region: Region) -> np.ndarray:

@@ -4,8 +4,9 @@ import torch
 
 from sharded_adadiag.algorithm.state import ADADIAG
 from sharded_adadiag.options import Options
-from sharded_adadiag.plan.geometry import Box, FlatRange, Layout
+from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.matrices import plan_matrices
+from sharded_adadiag.plan.regions import Box, FlatRange
 from sharded_adadiag.plan.spec import ParamSpec
 
 LLAMA = {  # hidden, feed-forward, layers, rows of keys and values

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sharded_adadiag.options import Options
-from sharded_adadiag.plan.geometry import Box, Layout
+from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.spec import ParamSpec
 
 
