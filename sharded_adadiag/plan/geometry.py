@@ -17,7 +17,6 @@ from sharded_adadiag.plan.regions import (
     shared_regions,
 )
 
-
 # Ascending ranks. A `range` wherever they are evenly spaced, so that equal ranks
 # compare equal and 4,096 replicas take no more room than two.
 Ranks = Sequence[int]
