@@ -7,6 +7,7 @@ piece go where in the message, and which bytes that came go where in the new pie
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from sharded_adadiag.plan.regions import Box, FlatRange, Region, as_flat
@@ -89,7 +90,13 @@ def dense(shape: tuple[int, ...], offset: int = 0) -> Place:
     Returns:
         The place.
     """
-    return Place(shape, (*shape[1:], 1), offset)
+    return Place(shape, _strides(shape), offset)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of contiguous entries, one tuple for the many places that have them."""
+    return (*shape[1:], 1)
 
 
 def inside(held: Region, wanted: Region, cols: int) -> Place:
@@ -111,6 +118,7 @@ def inside(held: Region, wanted: Region, cols: int) -> Place:
         else:
             row, col, width, start = 0, 0, cols, held.start
         down, right = wanted.row_start - row, wanted.col_start - col
-        return Place(wanted.shape, (width, 1), down * width + right - start)
+        strides = _strides((1, width))
+        return Place(wanted.shape, strides, down * width + right - start)
     around: FlatRange = as_flat(held, cols)
     return Place(wanted.shape, (1,), wanted.start - around.start)

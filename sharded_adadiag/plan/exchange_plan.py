@@ -306,8 +306,8 @@ class ExchangePlan:
         came: dict[int, list[Copy]] = {}
         for item, region, start in self._placed(incoming):
             hop = self.hops[item]
-            source = dense(region.shape, start // hop.itemsize)
             target = inside(regions[item][1], region, hop.cols)
+            source = dense(target.size, start // hop.itemsize)
             came.setdefault(item, []).append(Copy(item, region, source, target))
         return CopyList(
             self._sizes(outgoing),

@@ -117,6 +117,8 @@ class Layout:
                 first = bisect.bisect_right(stops, low)
                 last = bisect.bisect_left(starts, high)
                 pieces = pieces[first:last]
+        if isinstance(wanted, Box):
+            pieces = _near(pieces, wanted)
         for piece, ranks in pieces:
             for shared in shared_regions(piece, wanted, cols):
                 yield piece, shared, ranks
@@ -160,6 +162,22 @@ class Layout:
 def alone(rank: int) -> Ranks:
     """The ranks that are only this one, kept once for the many blocks it works on."""
     return range(rank, rank + 1)
+
+
+def _near(pieces: Pieces, wanted: Box) -> Pieces:
+    """The pieces that may share entries with a box: many do not, seen here at once."""
+    top, bottom, left, right = wanted
+    return tuple([
+        piece
+        for piece in pieces
+        if not isinstance(piece[0], Box)
+        or (
+            piece[0][0] < bottom
+            and piece[0][1] > top
+            and piece[0][2] < right
+            and piece[0][3] > left
+        )
+    ])
 
 
 def ranks_of(ranks: Sequence[int]) -> Ranks:

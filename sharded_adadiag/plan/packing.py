@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sharded_adadiag.plan.items import Item, Packing
+from sharded_adadiag.plan.items import Blocks, Item, Packing
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.pouring import FEWEST_LINES, pour
 from sharded_adadiag.plan.regions import Box
@@ -33,7 +33,7 @@ ENOUGH = 0.93
 
 def pack(
     matrices: Sequence[MatrixPlan], world_size: int, limit: int
-) -> tuple[Packing, list[int]]:
+) -> tuple[list[dict[int, Blocks]], list[int]]:
     """Rounds in which no rank sends or receives more than a limit, where possible.
 
     Args:
@@ -42,7 +42,7 @@ def pack(
         limit: Bytes.
 
     Returns:
-        The packing, and of each round the most that a rank sends or receives.
+        The blocks of each round, and the most that a rank sends or receives in it.
     """
     items = _items(matrices)
     may = {
@@ -64,11 +64,11 @@ def pack(
             most = _most_bytes(matrices, items, packing)
             good = max(most, default=0) <= limit or not cut
             if good and packing.efficiency >= ENOUGH * packing.evenness:
-                return packing, most
+                return packing.rounds, most
             if best is None or _key(packing, most, limit) > _key(*best, limit):
                 best = packing, most
     assert best is not None
-    return best
+    return best[0].rounds, best[1]
 
 
 def _rooms(limit: int, least: int, *, many: bool) -> list[int]:

@@ -148,11 +148,13 @@ def _fill(
             work += taken * item.line_work
             senders.take(segment, taken * item.line_bytes / item.copies)
             last = segment
-            spent = n + 1
+            if segment.start == segment.stop:
+                spent = n + 1
         if used + item.line_bytes * segment.step > room:
             break
     packing.used[rank][k], packing.work[rank][k] = used, work
-    segments[:spent] = [s for s in segments[:spent] if s.start < s.stop]
+    if spent:
+        segments[:spent] = [s for s in segments[:spent] if s.start < s.stop]
 
 
 def _joined(upper: Box, lower: Box) -> Box:

@@ -116,9 +116,10 @@ def make_rounds(
     limit = round_bytes(buffer_bytes)
     held = [m for m in matrices if m.held]
     matrices = [m for m in matrices if not m.held]
-    packing, most = pack(matrices, world_size, limit)
+    packed, most = pack(matrices, world_size, limit)
     rounds = []
-    for some, nbytes in zip(packing.rounds, most):
+    for k, nbytes in enumerate(most):
+        some, packed[k] = packed[k], {}  # to be freed: it is as large as the round
         parts = tuple(_part(matrices[i], some[i], world_size) for i in sorted(some))
         if parts:
             rounds.append(Round(parts, world_size, nbytes > limit))

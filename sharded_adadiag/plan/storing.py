@@ -25,6 +25,20 @@ def most_stored(
         Bytes in the dtype of the work; columns of flat ranges are taken to be spread
         evenly, which is exact but for one row.
     """
+    told = _told(matrices, items, some)
+    if all(len(ranks) == 1 for ranks in told):
+        return int(max(told.values(), default=0.0))
+    held: dict[int, float] = {}
+    for ranks, nbytes in told.items():
+        for rank in ranks:
+            held[rank] = held.get(rank, 0.0) + nbytes
+    return int(max(held.values(), default=0.0))
+
+
+def _told(
+    matrices: Sequence[MatrixPlan], items: Sequence[Item], some: Mapping[int, Blocks]
+) -> dict[Ranks, float]:
+    """Bytes that each of some ranks has; replicas are mostly the same ranks."""
     # What lies alike adds up before it is told to ranks.
     shares: dict[Layout, float] = {}
     rows: dict[tuple[Layout, int], list[tuple[int, float]]] = {}
@@ -43,18 +57,14 @@ def most_stored(
             share = sum(block.numel for block in blocks.values()) / view.numel
         so_far = shares.get(view.layout, 0.0)
         shares[view.layout] = so_far + share * view.work_itemsize
-    held: dict[int, float] = {}
+    told: dict[Ranks, float] = {}
     for layout, share in shares.items():
-        _tell(held, ((ranks, piece.numel * share) for piece, ranks in layout.pieces))
+        for piece, ranks in layout.pieces:
+            told[ranks] = told.get(ranks, 0.0) + piece.numel * share
     for (layout, cols), events in rows.items():
-        _tell(held, _under(sorted(events), _ranges(layout, cols)))
-    return int(max(held.values(), default=0.0))
-
-
-def _tell(held: dict[int, float], told: Iterable[tuple[Ranks, float]]) -> None:
-    for ranks, nbytes in told:
-        for rank in ranks:
-            held[rank] = held.get(rank, 0.0) + nbytes
+        for ranks, nbytes in _under(sorted(events), _ranges(layout, cols)):
+            told[ranks] = told.get(ranks, 0.0) + nbytes
+    return told
 
 
 def _under(
