@@ -24,7 +24,7 @@ DTYPE_OPTIONS = frozenset({"state_dtype", "rotation_dtype"})
 GROUP_OPTIONS = frozenset({"rotate", "batch_dims", "split_rows"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 # What the exchanges of a step may take on each rank unless the user says otherwise.
-BUFFER_BYTES = 40 << 20
+BUFFER_BYTES = 44 << 20
 
 
 def _planned(default: Any) -> Any:
