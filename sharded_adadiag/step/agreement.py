@@ -12,9 +12,10 @@ from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.jobs import Failures
 from sharded_adadiag.params.local import LocalParam, device_of
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.plan import has_copies
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.group_options import GroupOptions, Reading, differences
-from sharded_adadiag.step.replicas import check_presence, check_replicas, has_replicas
+from sharded_adadiag.step.replicas import check_presence, check_replicas
 
 _NONFINITE, _SPARSE, _UNREDUCED, _WIDER = 1, 2, 3, 4
 _KINDS = 8
@@ -85,7 +86,7 @@ class Agreement:
     def copied(self) -> list[bool]:
         """Whether ranks hold copies of any part of each parameter."""
         for entry in self.entries[len(self._copied) :]:
-            self._copied.append(has_replicas(entry.layout))
+            self._copied.append(has_copies(entry.layout))
         return self._copied
 
     @property

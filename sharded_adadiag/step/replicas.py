@@ -8,22 +8,9 @@ import torch
 
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.params.local import LocalParam
-from sharded_adadiag.plan.geometry import Layout
 
 # Replicas that drifted by rounding are of no concern, other weights are.
 TOLERANCE = 1e-3
-
-
-def has_replicas(layout: Layout) -> bool:
-    """Whether several ranks hold the same part of a parameter.
-
-    Args:
-        layout: What each rank holds.
-
-    Returns:
-        False if every entry is on one rank only.
-    """
-    return any(len(ranks) > 1 for _, ranks in layout.pieces)
 
 
 def check_presence(
