@@ -143,7 +143,7 @@ NAMES = (
     # Each entry is the parameter of a channel or head of its own.
     Named(_ends("A_log"), "decay", "mamba"),
     Named(_ends("mamba.D"), "scale", "zamba"),
-    Named(_last_word("l2_clip", "scale"), "scale", "inkling2"),
+    Named(_last_word("(?:l2_clip|norm)", "scale"), "scale", "inkling2"),
     Named(_ends("alpha"), "scale", "timm's efficientvim"),
     Named(_word("bias(?:es)?"), "bias", "gpt_oss; swin; levit; parakeet_ctc"),
     # Tables, of which a row is looked up or added where it belongs.

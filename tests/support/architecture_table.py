@@ -12,6 +12,8 @@ names. What is not: convolutions of one input channel, which look depthwise, tho
 one dimension that are not called so, linear layers called like an embedding.
 """
 
+from importlib.metadata import version
+
 TABLE = {
     "llama": {
         "embedding": "embed_tokens",
@@ -299,7 +301,10 @@ TABLE = {
     },
     "inkling2": {
         "depthwise convolution": "conv1d",
-        "scale": "q_l2_clip.scale rel_l2_clip.scale",
+        # Of norms that have one for each head; transformers 5.24 renamed them.
+        "scale": "q_l2_clip.scale rel_l2_clip.scale"
+        if tuple(map(int, version("transformers").split(".")[:2])) < (5, 24)
+        else "norm.scale",
         "stacked experts": "experts.down_proj experts.gate_up_proj",
         "router": "gate",
         "head": "lm_head",
