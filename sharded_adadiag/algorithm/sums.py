@@ -106,15 +106,3 @@ def run(rule: Sums[T], totals: Callable[[list[PartialSum]], list[Tensor]]) -> T:
             asked = rule.send(totals(asked))
     except StopIteration as stop:
         return stop.value
-
-
-def run_on_full_matrices(rule: Sums[T]) -> T:
-    """Run a rule whose matrices are whole: every partial sum is the sum.
-
-    Args:
-        rule: The running rule.
-
-    Returns:
-        Its result.
-    """
-    return run(rule, lambda asked: [partial.value for partial in asked])
