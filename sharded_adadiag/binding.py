@@ -42,7 +42,7 @@ class Binding:
 
     Args:
         optimizer: The optimizer, whose groups and states are read at every step.
-        method: Its rule.
+        rule: What it does with a matrix.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         buffer_bytes: Bytes that a step's exchanges may take on a rank; None: a share of
             the state.
@@ -59,14 +59,14 @@ class Binding:
     def __init__(
         self,
         optimizer: Optimizer,
-        method: Rule,
+        rule: Rule,
         distribution: str,
         buffer_bytes: int | None,
         process_group: Any,
         exclusion: Exclusion,
     ) -> None:
         self.optimizer = optimizer
-        self.method = method
+        self.rule = rule
         self.distribution = distribution
         self.buffer_bytes = buffer_bytes
         self.process_group = process_group
@@ -301,7 +301,7 @@ class Binding:
             )
         group = groups[0] if groups else find_group(self._params, self.process_group)
         self._engine = Engine(
-            self.method, communicator(group), self.distribution, self.buffer_bytes
+            self.rule, communicator(group), self.distribution, self.buffer_bytes
         )
         return self._engine
 

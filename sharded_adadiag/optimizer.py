@@ -92,7 +92,7 @@ class RotatedOptimizer(Optimizer):
             floating-point.
     """
 
-    method: Rule
+    rule: Rule
 
     def __init__(  # noqa: PLR0913 - the options users set
         self,
@@ -121,9 +121,9 @@ class RotatedOptimizer(Optimizer):
     ) -> None:
         arguments = locals()
         admit_to_zero(type(self))
-        unknown = set(own) - set(self.method.options)
+        unknown = set(own) - set(self.rule.options)
         if unknown:
-            raise TypeError(f"{self.method.name} has no option {min(unknown)!r}")
+            raise TypeError(f"{self.rule.name} has no option {min(unknown)!r}")
         if distribution not in DISTRIBUTIONS:
             raise ValueError(
                 f"invalid distribution: got {distribution!r}, it must be one of "
@@ -136,13 +136,13 @@ class RotatedOptimizer(Optimizer):
             )
         communicator(process_group)  # validate the group eagerly
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
-        defaults |= self.method.options | own
+        defaults |= {**self.rule.options, **own}
         defaults = {name: as_number(value) for name, value in defaults.items()}
         Options.from_group(defaults)
         name_dtypes(defaults)
         self._binding = Binding(
             self,
-            self.method,
+            self.rule,
             distribution,
             None if buffer_bytes is None else int(buffer_bytes),
             process_group,
@@ -154,7 +154,7 @@ class RotatedOptimizer(Optimizer):
         super().__init__(groups, defaults)
         warn_of_unsorted(
             [group for group, bare in zip(self.param_groups, unsorted) if bare],
-            self.method,
+            self.rule,
             self._binding.originals.is_named,
         )
 
@@ -181,7 +181,7 @@ class RotatedOptimizer(Optimizer):
             TypeError: For a parameter that is not a dense real floating tensor.
         """
         if isinstance(param_group, dict):
-            admit(param_group, self.defaults, self._told, self.method)
+            admit(param_group, self.defaults, self._told, self.rule)
             param_group.setdefault("rotate", True)
             param_group["format_version"] = FORMAT_VERSION
             name_dtypes(param_group)
@@ -190,7 +190,7 @@ class RotatedOptimizer(Optimizer):
         try:
             Options.from_group(group)
             for name, param in zip(names(self.param_groups, group), group["params"]):
-                check_parameter(name, param, self.method)
+                check_parameter(name, param, self.rule)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -224,7 +224,7 @@ class RotatedOptimizer(Optimizer):
                 inside a backward pass.
         """
         if backward_pass() != -1:
-            refuse_in_backward(self.method.name)
+            refuse_in_backward(self.rule.name)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -326,7 +326,7 @@ class RotatedOptimizer(Optimizer):
         self.__dict__.setdefault("_told", set())
         if "_binding" not in self.__dict__:  # unpickled or copied
             self._binding = Binding(
-                self, self.method, distribution, buffer_bytes, None, patterns
+                self, self.rule, distribution, buffer_bytes, None, patterns
             )
             self._binding.kept, self._binding.skipped_steps = kept, skipped
             for group in self.param_groups:
@@ -348,7 +348,7 @@ class AdaDiag(RotatedOptimizer):
     steps. See `RotatedOptimizer` for the arguments and errors.
     """
 
-    method = ADADIAG
+    rule = ADADIAG
 
 
 class AdafacDiag(RotatedOptimizer):
@@ -364,7 +364,7 @@ class AdafacDiag(RotatedOptimizer):
     update is clipped (d of Adafactor); None switches it off.
     """
 
-    method = ADAFACDIAG
+    rule = ADAFACDIAG
 
 
 class HfacDiag(RotatedOptimizer):
@@ -377,4 +377,4 @@ class HfacDiag(RotatedOptimizer):
     gradient is clipped (d of Adafactor); None switches it off.
     """
 
-    method = HFACDIAG
+    rule = HFACDIAG

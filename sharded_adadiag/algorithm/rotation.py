@@ -9,11 +9,12 @@ whatever else is in its batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from sharded_adadiag.algorithm.spec import StateSpec
 from sharded_adadiag.algorithm.sums import PartialSum, Sums
 
 # A product of this many elements fills a core's cache, or a GPU, by itself.
@@ -95,33 +96,35 @@ def suppress_noise(rotated: Sequence[Tensor], floor: float) -> Sums[list[Tensor]
 
 
 def reproject_(
-    state: dict[str, Tensor], old: Tensor, new: Tensor, *, left: bool
+    state: Mapping[str, Tensor],
+    specs: Mapping[str, StateSpec],
+    change: Tensor,
+    *,
+    left: bool,
 ) -> None:
     """Re-express one matrix's moments in a new basis; ``state`` is modified in place.
 
-    The first moment is linear in the gradient and is changed exactly; the second by
+    What is linear in the gradient is changed exactly; what is an average of squares by
     the squared entries of the change of basis. A factored statistic of the other
     side does not depend on this side's basis, or (H-Fac's mean
     over the rotated side) cannot be recovered from what is kept: it is carried.
 
     Args:
         state: The matrix's moments, keyed as in ``optimizer.state``.
-        old: The basis they are expressed in, ``[k, k]``.
-        new: The basis wanted, ``[k, k]``.
-        left: The bases are those of rows (P) rather than columns (Q).
+        specs: How each of them follows.
+        change: ``P_new^T P_old`` or ``Q_old^T Q_new``, ``[k, k]``.
+        left: The change is that of rows (P) rather than columns (Q).
     """
-    change = new.mT @ old if left else old.mT @ new
-    rows_or_cols = "row" if left else "col"
-    for key, square in (("exp_avg", False), ("exp_avg_sq", True)):
-        by = change.square() if square else change
-        if (moment := state.get(key)) is not None:
-            value = moment.to(by.dtype)
-            moved = by @ value if left else value @ by
-            moment.copy_(_without_nan(moved) if square else moved)
-        if (moment := state.get(f"{key}_{rows_or_cols}")) is not None:
-            value = moment.to(by.dtype)
-            moved = by @ value if left else by.mT @ value
-            moment.copy_(_without_nan(moved) if square else moved)
+    for key, spec in specs.items():
+        if not spec.power or ("m" if left else "n") not in spec.dims:
+            continue
+        moment, by = state[key], change if spec.power == 1 else change.square()
+        value = moment.to(by.dtype)
+        if left:
+            moved = by @ value
+        else:
+            moved = value @ by if value.dim() > 1 else by.mT @ value
+        moment.copy_(moved if spec.power == 1 else _without_nan(moved))
 
 
 def _without_nan(squares: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""What each method keeps for a parameter: names, shapes and dtypes."""
+"""What each rule is and keeps, and which sides of a matrix are rotated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,78 +13,102 @@ from torch import Tensor
 from sharded_adadiag.algorithm.adafactor import adafactor
 from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
+from sharded_adadiag.algorithm.spec import ROTATION_LEFT, ROTATION_RIGHT, StateSpec
 from sharded_adadiag.algorithm.sums import Sums, each
 from sharded_adadiag.options import Options
 
-MATRIX, ROW, COL = ("m", "n"), ("m",), ("n",)
 
-
-class Rule(NamedTuple):
-    """One of the three optimizers, as far as a matrix is concerned.
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """One of the optimizers, as far as a matrix is concerned.
 
     Attributes:
         name: The class's name, used in error messages.
-        factored: Whether the base method needs the whole matrix even unrotated.
-        rule: The moment rule (steps 4-6).
-        moments: Names of the moments of a matrix under `rule`, each with the
-            dimensions of its shape.
+        direction: Steps 4-6: from the rotated gradient to the direction.
+        moments: What `direction` keeps, by the key in the parameter's state.
+        factored: `direction` asks for sums over the whole matrix. So a parameter is
+            seen as a matrix even if it is not rotated, and no line of it goes alone.
         options: Options that only this optimizer has, with their defaults.
     """
 
     name: str
-    factored: bool
-    rule: Callable[..., Sums[list[Tensor]]]
-    moments: dict[str, tuple[str, ...]]
-    options: dict[str, Any]
+    direction: Callable[..., Sums[list[Tensor]]]
+    moments: Mapping[str, StateSpec]
+    factored: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def states(
+        self, options: Options, *, left: bool, right: bool
+    ) -> Mapping[str, StateSpec]:
+        """Everything that is kept of a rotated (or factored) matrix but its step count.
+
+        Args:
+            options: Its ``momentum`` is used.
+            left: P is applied.
+            right: Q is applied.
+
+        Returns:
+            The table, by the key in the parameter's state.
+        """
+        return _states(self, self._has_first(options), left, right)
+
+    def plain_states(self, options: Options) -> tuple[str, ...]:
+        """What is kept of a parameter that is updated by Adam where it lies.
+
+        Args:
+            options: Its ``momentum`` is used.
+
+        Returns:
+            The keys; each tensor has the parameter's local shape.
+        """
+        if self._has_first(options):
+            return ("exp_avg", "exp_avg_sq")
+        return ("exp_avg_sq",)
+
+    def _has_first(self, options: Options) -> bool:
+        return options.momentum or "momentum" not in self.options
 
 
-_SECOND = {"exp_avg_sq_row": ROW, "exp_avg_sq_col": COL}
-ADADIAG = Rule("AdaDiag", False, adam, {"exp_avg": MATRIX, "exp_avg_sq": MATRIX}, {})
+@functools.cache
+def _states(
+    rule: Rule, first: bool, left: bool, right: bool
+) -> Mapping[str, StateSpec]:
+    """One table for all matrices alike: a plan may have thousands."""
+    states = {k: spec for k, spec in rule.moments.items() if first or k != "exp_avg"}
+    if left:
+        states["rotation_left"] = ROTATION_LEFT
+    if right:
+        states["rotation_right"] = ROTATION_RIGHT
+    return states
+
+
+_FIRST = StateSpec(("m", "n"), power=1)
+# H-Fac's means over the rotated side cannot be re-expressed: they do not follow it.
+_FIRST_MEANS = {
+    "exp_avg_row": StateSpec(("m",), power=1),
+    "exp_avg_col": StateSpec(("n",), power=1),
+}
+_SQUARE_SUMS = {
+    "exp_avg_sq_row": StateSpec(("m",), power=2),
+    "exp_avg_sq_col": StateSpec(("n",), power=2),
+}
+ADADIAG = Rule(
+    "AdaDiag", adam, {"exp_avg": _FIRST, "exp_avg_sq": StateSpec(("m", "n"), power=2)}
+)
 ADAFACDIAG = Rule(
     "AdafacDiag",
-    True,
     each(adafactor),
-    {"exp_avg": MATRIX, **_SECOND},
-    {"momentum": True, "clip_threshold": 1.0},
+    {"exp_avg": _FIRST, **_SQUARE_SUMS},
+    factored=True,
+    options={"momentum": True, "clip_threshold": 1.0},
 )
 HFACDIAG = Rule(
     "HfacDiag",
-    True,
     each(hfac),
-    {"exp_avg_row": ROW, "exp_avg_col": COL, **_SECOND},
-    {"clip_threshold": 1.0},
+    {**_FIRST_MEANS, **_SQUARE_SUMS},
+    factored=True,
+    options={"clip_threshold": 1.0},
 )
-
-
-def matrix_moments(method: Rule, options: Options) -> dict[str, tuple[str, ...]]:
-    """Moments of a rotated (or factored) matrix.
-
-    Args:
-        method: The optimizer.
-        options: Its ``momentum`` is used.
-
-    Returns:
-        Names and dimensions.
-    """
-    moments = dict(method.moments)
-    if not options.momentum and method is ADAFACDIAG:
-        del moments["exp_avg"]
-    return moments
-
-
-def plain_moments(method: Rule, options: Options) -> tuple[str, ...]:
-    """Moments of a parameter updated where it lies; each has its local shape.
-
-    Args:
-        method: The optimizer.
-        options: Its ``momentum`` is used.
-
-    Returns:
-        Their names.
-    """
-    if not options.momentum and method is ADAFACDIAG:
-        return ("exp_avg_sq",)
-    return ("exp_avg", "exp_avg_sq")
 
 
 def moment_dtype(options: Options, parameter: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ A side that is not rotated has the identity for its basis, without storing one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from sharded_adadiag.algorithm.rotation import (
     rotate_back,
     suppress_noise,
 )
+from sharded_adadiag.algorithm.spec import StateSpec
 from sharded_adadiag.algorithm.state import Rule, rotated_sides
 from sharded_adadiag.algorithm.sums import Sums
 from sharded_adadiag.options import Options
@@ -115,10 +116,12 @@ def moment_rule(
     if floor > 0.0 and not any(rotated_sides(shape, options)):
         floor = 0.0
     quiet = yield from suppress_noise(rotated, floor)
-    return (yield from method.rule(quiet, states, options, steps, shape))
+    return (yield from method.direction(quiet, states, options, steps, shape))
 
 
-def install(state: State, basis: Basis, options: Options) -> None:
+def install(
+    state: State, basis: Basis, options: Options, specs: Mapping[str, StateSpec]
+) -> None:
     """Put a new basis into a matrix's state.
 
     Args:
@@ -126,13 +129,15 @@ def install(state: State, basis: Basis, options: Options) -> None:
         basis: The new basis; a side that is None stays as it is.
         options: Its ``on_refresh`` is used. Where there was no basis yet the moments
             are re-expressed from the original frame.
+        specs: What the state has.
     """
     for key, new in (("rotation_left", basis.left), ("rotation_right", basis.right)):
         if new is None:
             continue
         if options.on_refresh == "reproject":
-            left = key == "rotation_left"
-            reproject_(state, state[key].to(new.dtype), new, left=left)
+            left, old = key == "rotation_left", state[key].to(new.dtype)
+            change = new.mT @ old if left else old.mT @ new
+            reproject_(state, specs, change, left=left)
         state[key].copy_(new)
 
 

@@ -21,8 +21,6 @@ from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.spec import ParamSpec
 
-ROTATIONS = {"rotation_left": ("m", "m"), "rotation_right": ("n", "n")}
-
 
 class _Run(NamedTuple):
     """Consecutive matrices of a stack that one rank keeps one after the other."""
@@ -49,16 +47,18 @@ def saved_tensors(
     kind = plans[0].share.kind
     if kind == "stack":
         runs = _runs(plans)
-        for key in _dims(plans[0]):
+        for key in plans[0].states:
             yield _of_stack(spec, plans[0], key, runs, world_size)
         return
-    for key, dims in plans[0].moments.items():
-        if kind == "all" or dims[0] == "m":
-            yield _of_rows(spec, plans, key, dims)
+    by_matrix = []
+    for key, kept in plans[0].states.items():
+        if kept.kept == "block" and (kind == "all" or kept.dims[0] == "m"):
+            yield _of_rows(spec, plans, key)
+        else:
+            by_matrix.append(key)
     for plan in plans:
-        for key, dims in _dims(plan).items():
-            if key in ROTATIONS or (kind == "block" and dims[0] != "m"):
-                yield _of_one(plan, key, dims, world_size)
+        for key in by_matrix:
+            yield _of_one(plan, key, world_size)
 
 
 def live_blocks(
@@ -84,12 +84,6 @@ def live_blocks(
     if key in state:
         return [state[key]]
     return [state[key + plan.share.suffix] for plan in plans]
-
-
-def _dims(plan: MatrixPlan) -> dict[str, tuple[str, ...]]:
-    """The states of a matrix, each with the dimensions of its shape."""
-    wanted = {"rotation_left": plan.left, "rotation_right": plan.right}
-    return plan.moments | {k: dims for k, dims in ROTATIONS.items() if wanted[k]}
 
 
 def _runs(plans: Sequence[MatrixPlan]) -> list[list[_Run]]:
@@ -121,8 +115,7 @@ def _of_stack(
     world_size: int,
 ) -> StateTensor:
     """Each matrix's state is a row of the view."""
-    sizes = dict(zip("mn", plan.shape))
-    shape = tuple(sizes[d] for d in _dims(plan)[key])
+    shape = plan.states[key].shape(plan.shape, plan.shape)
     cols, blocks = math.prod(shape), []
     for some in runs:
         top = some[0].first
@@ -136,10 +129,9 @@ def _of_stack(
     return StateTensor(spec.name, key, whole, cols, tuple(blocks), _dtype(plan, key))
 
 
-def _of_rows(
-    spec: ParamSpec, plans: Sequence[MatrixPlan], key: str, dims: tuple[str, ...]
-) -> StateTensor:
+def _of_rows(spec: ParamSpec, plans: Sequence[MatrixPlan], key: str) -> StateTensor:
     """A moment whose rows are those of the parameter, or its entries."""
+    dims = plans[0].states[key].dims
     cols = plans[0].shape[1] if dims == ("m", "n") else 1
     blocks = []
     for plan in plans:
@@ -149,23 +141,23 @@ def _of_rows(
         blocks.append((plan.shape["mn".index(dims[0])], layout))
     shape = spec.shape if dims == ("m", "n") else (sum(rows for rows, _ in blocks),)
     return StateTensor(
-        spec.name, key, shape, cols, tuple(blocks), plans[0].moment_dtype
+        spec.name, key, shape, cols, tuple(blocks), _dtype(plans[0], key)
     )
 
 
-def _of_one(
-    plan: MatrixPlan, key: str, dims: tuple[str, ...], world_size: int
-) -> StateTensor:
+def _of_one(plan: MatrixPlan, key: str, world_size: int) -> StateTensor:
     """A state that is saved by matrix."""
-    length = plan.shape["mn".index(dims[0])]
-    if key in ROTATIONS:
-        cols, layout = length, on_team(plan.route.team, length, length, world_size)
+    spec = plan.states[key]
+    shape = length, *rest = spec.shape(plan.shape, plan.shape)
+    cols = math.prod(rest)
+    if spec.kept == "copy":
+        layout = on_team(plan.route.team, length, cols, world_size)
     else:
-        cols, layout = 1, vector_layout(plan.route.moments.layout, of_rows=False)
+        layout = vector_layout(plan.route.moments.layout, of_rows=False)
     return StateTensor(
         plan.view.name,
         key + plan.share.suffix,
-        (length,) * len(dims),
+        shape,
         cols,
         ((length, layout),),
         _dtype(plan, key),
@@ -173,4 +165,4 @@ def _of_one(
 
 
 def _dtype(plan: MatrixPlan, key: str) -> torch.dtype:
-    return plan.rotation_dtype if key in ROTATIONS else plan.moment_dtype
+    return plan.states[key].dtype(plan.moment_dtype, plan.rotation_dtype)

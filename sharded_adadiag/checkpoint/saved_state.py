@@ -16,6 +16,7 @@ from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.params.local import LocalParam, device_of, is_distributed, local
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.regions import FlatRange
+from sharded_adadiag.step.states import specs_of
 
 
 class SavedState:
@@ -174,7 +175,8 @@ class SavedState:
         name = self.entries[i].spec.name
         if unknown:
             _warn(f"{name}: {', '.join(unknown)} of the loaded state was dropped")
-        if any(not key.startswith("rotation") for key in missing):
+        specs = specs_of(self.matrices.get(i, ()))
+        if any(key not in specs or specs[key].kept == "block" for key in missing):
             _warn(f"{name}: the loaded state has no {', '.join(missing)}; starts anew")
             return []
         if missing and bases == "saved":

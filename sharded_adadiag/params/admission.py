@@ -37,7 +37,7 @@ _OTHER_KEYS = frozenset({
 
 
 def admit(
-    group: dict[str, Any], options: Iterable[str], told: set[str], method: Rule
+    group: dict[str, Any], options: Iterable[str], told: set[str], rule: Rule
 ) -> None:
     """Make a new group's options plain numbers and say which keys are not ours.
 
@@ -48,7 +48,7 @@ def admit(
         group: The group that the user passed; modified in place.
         options: Names of the options that the optimizer has.
         told: Keys that have been logged before; modified in place.
-        method: The optimizer.
+        rule: The optimizer.
     """
     for key in OPTION_NAMES:
         if key in group:
@@ -59,7 +59,7 @@ def admit(
     if new and os.environ.get("RANK", "0") == "0":
         _LOGGER.warning(
             "param group keys that %s keeps but does not use: %s; it knows %s",
-            method.name,
+            rule.name,
             ", ".join(sorted(new)),
             ", ".join(sorted(known)),
         )
@@ -67,21 +67,21 @@ def admit(
 
 def warn_of_unsorted(
     groups: Iterable[dict[str, Any]],
-    method: Rule,
+    rule: Rule,
     is_named: Callable[[Tensor], bool],
 ) -> None:
     """Warn if matrices cannot be told from embeddings and output heads.
 
     Args:
         groups: The groups that were passed without ``rotate``.
-        method: The optimizer.
+        rule: The optimizer.
         is_named: Whether DeepSpeed has named a parameter, which is enough to tell.
     """
     for group in groups:
         unnamed = [p for p in group["params"] if not is_named(p)]
         if "param_names" not in group and any(_is_rotated(p, group) for p in unnamed):
             warnings.warn(
-                f"{method.name}: its parameters have neither names nor a group with "
+                f"{rule.name}: its parameters have neither names nor a group with "
                 "`rotate`, so every matrix is rotated, embeddings and the output head "
                 "too; pass param_groups(model) instead of model.parameters(), or "
                 "model_factory(...) where a trainer makes the optimizer, or set "

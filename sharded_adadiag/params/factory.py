@@ -38,7 +38,7 @@ def model_factory(optimizer: type[Optimizer]) -> type[ModelFactory]:
         TypeError: If `optimizer` is not one of these classes.
     """
     is_class = isinstance(optimizer, type)
-    if not (is_class and isinstance(getattr(optimizer, "method", None), Rule)):
+    if not (is_class and isinstance(getattr(optimizer, "rule", None), Rule)):
         got = optimizer.__name__ if is_class else f"an object of {type(optimizer)}"
         raise TypeError(
             f"model_factory: got {got}, it must be the class AdaDiag, AdafacDiag, "

@@ -36,13 +36,13 @@ def is_trained(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
-def check_parameter(name: str, param: Tensor, method: Rule) -> None:
+def check_parameter(name: str, param: Tensor, rule: Rule) -> None:
     """Refuse what no method can update.
 
     Args:
         name: The parameter's name, for the message.
         param: The parameter.
-        method: The optimizer's rule, which has its name.
+        rule: The optimizer's rule, which has its name.
 
     Raises:
         TypeError: For integer, complex and sparse parameters.
@@ -50,11 +50,11 @@ def check_parameter(name: str, param: Tensor, method: Rule) -> None:
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else "integer"
         raise TypeError(
-            f"{name}: {method.name} needs real floating-point parameters, got "
+            f"{name}: {rule.name} needs real floating-point parameters, got "
             f"{kind} dtype {param.dtype}; leave it out of the optimizer"
             + (" or pass torch.view_as_real of it" if kind == "complex" else "")
         )
     if param.layout is not torch.strided:
         raise TypeError(
-            f"{name}: {method.name} needs dense parameters, got layout {param.layout}"
+            f"{name}: {rule.name} needs dense parameters, got layout {param.layout}"
         )

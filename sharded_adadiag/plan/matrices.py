@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from sharded_adadiag.algorithm.spec import StateSpec
 from sharded_adadiag.algorithm.state import (
     Rule,
-    matrix_moments,
     moment_dtype,
     rotated_sides,
     rotation_dtype,
@@ -53,7 +53,7 @@ class MatrixPlan:
         moment_dtype: Dtype of the stored moments.
         rotation_dtype: Dtype of the stored rotations.
         work_dtype: Dtype of the computation and of the update.
-        moments: Names and dimensions of its moments.
+        states: What is kept of it, by key.
         divisible: Its lines are independent of each other, so that a step may work on
             some of them at a time: one side is rotated, and the rule asks for no sum.
         key: Position of the parameter, and of the first matrix among its own.
@@ -70,7 +70,7 @@ class MatrixPlan:
     moment_dtype: torch.dtype
     rotation_dtype: torch.dtype
     work_dtype: torch.dtype
-    moments: dict[str, tuple[str, ...]]
+    states: Mapping[str, StateSpec]
     divisible: bool = False
     key: tuple[int, int] = dataclasses.field(init=False)
 
@@ -120,23 +120,18 @@ class MatrixPlan:
         """
         holds = self.route.holds_rotations(rank)
         many: tuple[int, ...] = ()
+        block = whole = self.shape
         if self.share.kind == "stack":
-            many, sizes = (self.share.count * holds,), dict(zip("mn", self.shape))
+            many = (self.share.count * holds,)
         else:
             region = self.route.moments.layout[rank]
             assert isinstance(region, Box)
-            sizes = dict(zip("mn", region.shape))
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for key, dims in self.moments.items():
-            shapes[key] = (*many, *(sizes[d] for d in dims)), self.moment_dtype
-        for key, wanted, size in (
-            ("rotation_left", self.left, self.shape[0]),
-            ("rotation_right", self.right, self.shape[1]),
-        ):
-            if wanted:
-                own = size if holds or many else 0
-                shapes[key] = (*many, own, own), self.rotation_dtype
-        return shapes
+            block, whole = region.shape, self.shape if holds else (0, 0)
+        dtypes = self.moment_dtype, self.rotation_dtype
+        return {
+            key: ((*many, *spec.shape(block, whole)), spec.dtype(*dtypes))
+            for key, spec in self.states.items()
+        }
 
     def shares(self) -> list[tuple[int, MatrixCost]]:
         """What each rank that works on the matrix bears of its work and state."""
@@ -162,7 +157,7 @@ def plan_matrices(
     facts: Sequence[ParamSpec],
     layouts: Sequence[Layout],
     *,
-    method: Rule,
+    rule: Rule,
     world_size: int,
     distribution: str,
     first_index: int = 0,
@@ -174,7 +169,7 @@ def plan_matrices(
     Args:
         facts: What is equal on all ranks about each parameter.
         layouts: Where the entries of each are.
-        method: The optimizer.
+        rule: The optimizer.
         world_size: Number of ranks.
         distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
         first_index: Position of the first parameter in the optimizer.
@@ -187,8 +182,8 @@ def plan_matrices(
     drafts: list[_Draft] = []
     loads = [0] * world_size
     for i, (fact, layout) in enumerate(zip(facts, layouts)):
-        if needs_matrix(method, fact.shape, fact.options):
-            drafts.extend(_drafts(first_index + i, fact, layout, method, loads))
+        if needs_matrix(rule, fact.shape, fact.options):
+            drafts.extend(_drafts(first_index + i, fact, layout, rule, loads))
     routes: dict[tuple[int, int], Route] = {}
     if distribution != "owner":
         routes = _broadcast(drafts, world_size, distribution)
@@ -212,7 +207,7 @@ def plan_matrices(
 
 
 def _drafts(
-    index: int, fact: ParamSpec, layout: Layout, method: Rule, loads: list[int]
+    index: int, fact: ParamSpec, layout: Layout, rule: Rule, loads: list[int]
 ) -> Iterator[_Draft]:
     """The matrices of a parameter; of a stack those that will have one owner."""
     view, (_, cols) = fact.view, fact.stored
@@ -224,11 +219,11 @@ def _drafts(
             for start, size in runs(view, first, count):
                 top = start * view.heights[0] * view.cols // cols
                 share = Share(start, size, top, "stack")
-                yield _Draft.of(index, fact, layout, method, share, home)
+                yield _Draft.of(index, fact, layout, rule, share, home)
         return
     top, kind = 0, "block" if len(view.heights) > 1 else "all"
     for i, height in enumerate(view.heights):
-        yield _Draft.of(index, fact, layout, method, Share(i, 1, top, kind))
+        yield _Draft.of(index, fact, layout, rule, Share(i, 1, top, kind))
         top += height
 
 
@@ -277,8 +272,8 @@ class _Draft:
     left: bool
     right: bool
     cost: MatrixCost
-    rotation_bytes: int
-    moments: dict[str, tuple[str, ...]]
+    copied_bytes: int
+    states: Mapping[str, StateSpec]
     divisible: bool
 
     @classmethod
@@ -287,7 +282,7 @@ class _Draft:
         index: int,
         fact: ParamSpec,
         layout: Layout,
-        method: Rule,
+        rule: Rule,
         share: Share,
         home: int | None = None,
     ) -> _Draft:
@@ -301,22 +296,20 @@ class _Draft:
         sizes_of = fact.grad_dtype.itemsize, fact.work_dtype.itemsize
         name = share.name(fact.name)
         matrix = MatrixLayout(name, height, width, layout, *sizes_of)
-        moments = matrix_moments(method, options)
-        sizes = {"m": rows, "n": cols}
-        moment_numel = sum(
-            math.prod(sizes[d] for d in dims) for dims in moments.values()
-        )
-        rotation_numel = rows * rows * left + cols * cols * right
-        rotation_bytes = rotation_numel * rotation_dtype(options, fact.dtype).itemsize
-        moment_bytes = moment_numel * moment_dtype(options, fact.dtype).itemsize
+        states = rule.states(options, left=left, right=right)
+        dtypes = moment_dtype(options, fact.dtype), rotation_dtype(options, fact.dtype)
+        state_bytes: Counter[str] = Counter()
+        for spec in states.values():
+            numel = math.prod(spec.shape(shape, shape))
+            state_bytes[spec.kept] += count * numel * spec.dtype(*dtypes).itemsize
         cost = MatrixCost(
             count * step_cost(rows, cols, left=left, right=right),
             count
             * refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
             options.refresh_every,
-            count * (moment_bytes + rotation_bytes),
+            state_bytes.total(),
         )
-        divisible = not method.factored and options.noise_floor == 0 and left != right
+        divisible = not rule.factored and options.noise_floor == 0 and left != right
         return cls(
             index,
             fact,
@@ -327,8 +320,8 @@ class _Draft:
             left,
             right,
             cost,
-            count * rotation_bytes,
-            moments,
+            state_bytes["copy"],
+            states,
             divisible and share.kind != "stack",
         )
 
@@ -356,7 +349,7 @@ class _Draft:
         return Candidate(
             self.view,
             other,
-            self.rotation_bytes,
+            self.copied_bytes,
             self.cost.state_bytes,
             options.refresh_every,
         )
@@ -368,7 +361,7 @@ class _Draft:
             lines = cols
         if self.two_sided_reproject:
             lines = 1
-        return Demand(self.cost, lines, self.rotation_bytes)
+        return Demand(self.cost, lines, self.copied_bytes)
 
     def team_route(self, team: Team) -> Route:
         sides = {"left": self.left, "right": self.right}
@@ -395,6 +388,6 @@ class _Draft:
             moment_dtype(options, dtype),
             rotation_dtype(options, dtype),
             self.fact.work_dtype,
-            self.moments,
+            self.states,
             self.divisible,
         )

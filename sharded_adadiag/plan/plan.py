@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from sharded_adadiag.algorithm.state import Rule, moment_dtype, plain_moments
+from sharded_adadiag.algorithm.state import Rule, moment_dtype
 from sharded_adadiag.options import BUFFER_BYTES
 from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.matrices import MatrixPlan, plan_matrices
@@ -101,7 +101,7 @@ class Plan:
         matrices = plan_matrices(
             specs,
             layouts,
-            method=self.rule,
+            rule=self.rule,
             world_size=self.world_size,
             distribution=self.distribution,
             first_index=len(self.specs),
@@ -171,7 +171,7 @@ class Plan:
             Its moments' item sizes, added up.
         """
         spec = self.specs[position]
-        count = len(plain_moments(self.rule, spec.options))
+        count = len(self.rule.plain_states(spec.options))
         return count * moment_dtype(spec.options, spec.dtype).itemsize
 
     @property

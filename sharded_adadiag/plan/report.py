@@ -240,7 +240,7 @@ def alike(matrices: Sequence[MatrixPlan]) -> list[tuple[MatrixPlan, int]]:
     for m in matrices:
         dtypes = m.moment_dtype, m.rotation_dtype
         sizes = *m.shape, m.share.count, m.left, m.right, m.cost
-        kinds.setdefault((m.route, *dtypes, *sizes, *m.moments), []).append(m)
+        kinds.setdefault((m.route, *dtypes, *sizes, *m.states), []).append(m)
     return [(some[0], len(some)) for some in kinds.values()]
 
 

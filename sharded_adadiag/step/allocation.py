@@ -1,4 +1,4 @@
-"""Creates the states of parameters: zeros, and the identity for a rotation."""
+"""Creates the states of parameters, with the first values that their table says."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sharded_adadiag.algorithm.state import Rule, plain_moments
+from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.params.local import LocalParam, local
 from sharded_adadiag.plan.matrices import MatrixPlan
-from sharded_adadiag.step.states import become_identity, state_shapes
+from sharded_adadiag.step.states import specs_of, state_shapes
 
 
 def allocate(
@@ -38,12 +38,12 @@ def allocate(
         if i not in planned:
             _allocate_plain(entry, state, rule)
             continue
+        specs = specs_of(planned[i])
         for key, (shape, dtype) in state_shapes(planned[i], rank).items():
             if key not in state:
                 device = entry.param.device
-                state[key] = torch.zeros(shape, dtype=dtype, device=device)
-                if key.startswith("rotation"):
-                    become_identity(state[key])  # until the first basis
+                state[key] = torch.empty(shape, dtype=dtype, device=device)
+                specs[key].begin(state[key])
             elif tuple(state[key].shape) != shape:
                 raise ValueError(
                     f"{entry.spec.name}: loaded state {key!r} has shape "
@@ -55,7 +55,7 @@ def allocate(
 def _allocate_plain(entry: LocalParam, state: dict[str, Any], rule: Rule) -> None:
     options = entry.spec.options
     dtype = options.state_dtype or entry.spec.dtype
-    for key in plain_moments(rule, options):
+    for key in rule.plain_states(options):
         if key not in state:
             state[key] = entry.piece.zeros_like(dtype)
         elif local(state[key]).shape != entry.param.shape:

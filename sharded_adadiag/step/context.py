@@ -247,8 +247,9 @@ class Step:
         here = part.layouts[-1][self.rank]
         held = part.matrix.route.moments.layout[self.rank]
         assert isinstance(here, Box) and isinstance(held, Box)
-        for key, dims in part.matrix.moments.items():
-            state[key] = cut_moment(state[key], dims, here, held)
+        for key, spec in part.matrix.states.items():
+            if spec.kept == "block":
+                state[key] = cut_moment(state[key], spec.dims, here, held)
         return state
 
     def apply_all(self, here: RoundHere, work: Sequence[Any]) -> None:

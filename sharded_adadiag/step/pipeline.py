@@ -176,13 +176,13 @@ def _nothing_of(
     """
     rows, cols = matrix.view.rows, matrix.view.cols
     shape = (0, cols) if split == "rows" else (rows, 0)
-    sizes = dict(zip("mn", shape))
     dtype = matrix.work_dtype
     grads = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
     states = [
         {
-            key: torch.zeros([sizes[d] for d in dims], dtype=dtype, device=device)
-            for key, dims in matrix.moments.items()
+            key: torch.zeros(spec.shape(shape, ()), dtype=dtype, device=device)
+            for key, spec in matrix.states.items()
+            if spec.kept == "block"
         }
         for _ in range(count)
     ]

@@ -46,7 +46,7 @@ def refresh_here(
         for i in due:
             basis = basis_of(grads[i], states[i], options)
             step.bases.note(m, i, basis)
-            install(states[i], basis, options)
+            install(states[i], basis, options, m.states)
 
 
 def refresh_together(
@@ -100,7 +100,7 @@ def refresh_together(
         )
         basis = Basis(left, right, basis.fallback)
         step.bases.note(m, 0, basis)
-        install(step.state(m), basis, step.options_of(m))
+        install(step.state(m), basis, step.options_of(m), m.states)
 
 
 def _statistic(step: Step, matrix: MatrixPlan, by_gram: bool) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_adadiag.algorithm.spec import StateSpec
 from sharded_adadiag.plan.matrices import MatrixPlan
 
 # Moments and rotations of one matrix.
@@ -60,10 +61,20 @@ def state_shapes(
     return shapes
 
 
-def become_identity(rotation: Tensor) -> None:
-    """Make a rotation, or each one of a stack, the identity: no basis as yet."""
-    rotation.zero_()
-    rotation.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+def specs_of(matrices: Iterable[MatrixPlan]) -> dict[str, StateSpec]:
+    """What the tensors are that are kept for one parameter, its step count aside.
+
+    Args:
+        matrices: Those of the parameter.
+
+    Returns:
+        By the key in the parameter's state.
+    """
+    return {
+        key + matrix.share.suffix: spec
+        for matrix in matrices
+        for key, spec in matrix.states.items()
+    }
 
 
 def apart(matrix: MatrixPlan, whole: Tensor) -> list[Tensor]:

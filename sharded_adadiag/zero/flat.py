@@ -21,7 +21,7 @@ from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.step.engine import Engine
-from sharded_adadiag.step.states import become_identity
+from sharded_adadiag.step.states import specs_of
 from sharded_adadiag.zero import partitions as zero
 from sharded_adadiag.zero.partitions import STATE_KEY, Fragment
 
@@ -129,10 +129,10 @@ class FlatStates:
                 fits = {k: part.of(state[k]) for k in FLAT_KEYS if k in wanted}
                 step = torch.as_tensor(float(state.get("step", 0)))
                 values[i] = {**fits, "step": step}
-                for key, basis in live.items():
+                for key, spec in specs_of(saved.matrices.get(i, ())).items():
                     # The identity stands for a basis that is yet to come.
-                    if key.startswith("rotation") and basis.numel() > 0:
-                        become_identity(basis)
+                    if spec.kept == "copy" and live[key].numel() > 0:
+                        spec.begin(live[key])
             for key in [key for key in state if key != STATE_KEY]:
                 del state[key]
         if left:

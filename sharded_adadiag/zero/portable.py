@@ -122,7 +122,7 @@ def _flats_at_hand(engine: Any) -> Generator[tuple[Any, Engine]]:
     """The optimizer and its engine; stage 3 hides its flat tensors between steps."""
     zero = engine.optimizer
     optimizer = getattr(zero, "optimizer", zero)
-    if not isinstance(getattr(optimizer, "method", None), Rule):
+    if not isinstance(getattr(optimizer, "rule", None), Rule):
         raise TypeError(
             f"the engine's optimizer is {type(optimizer).__name__}; only those of "
             "sharded_adadiag have a portable checkpoint"

@@ -200,7 +200,7 @@ def signature_defaults() -> dict[str, Any]:
 def test_every_option_is_on_the_page_with_its_default() -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(Options)}
     for optimizer in (AdaDiag, AdafacDiag, HfacDiag):
-        assert optimizer.method.options.items() <= defaults.items()
+        assert optimizer.rule.options.items() <= defaults.items()
     for name in defaults.keys() & signature_defaults().keys():
         assert defaults[name] == signature_defaults()[name], name
     defaults |= signature_defaults()
@@ -231,5 +231,5 @@ def test_the_docstring_names_the_options_of_the_page() -> None:
     for name in signature_defaults():
         assert re.search(rf"^    {name}: ", documented, re.MULTILINE), name
     for optimizer in (AdafacDiag, HfacDiag):
-        for name in optimizer.method.options:
+        for name in optimizer.rule.options:
             assert f"``{name}``" in inspect.getdoc(optimizer), name

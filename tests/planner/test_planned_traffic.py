@@ -80,7 +80,7 @@ def test_bytes_messages_and_collectives_are_those_of_a_real_group(
     mesh, name, distribution, options
 ):
     model = EVEN_MODEL if mesh.tensor_parallel > 1 else TINY_MODEL
-    rule = CLASSES[name].method
+    rule = CLASSES[name].rule
     ran = run_processes(mesh.ranks, counted, model, mesh, name, distribution, options)
     plan = answer(Request(model, mesh, rule, options, distribution)).plan
     sums = sums_of(plan)
@@ -110,7 +110,7 @@ def test_sums_over_blocks_are_those_that_an_optimizer_describes(name, distributi
     mesh = Mesh(3)
     options = {"noise_floor": 1e-3, "distribution": distribution}
     (want, *_) = run_threads(3, described, mesh, name, options)
-    rule = CLASSES[name].method
+    rule = CLASSES[name].rule
     asked = Request(TINY_MODEL, mesh, rule, {"noise_floor": 1e-3}, distribution)
     plan = answer(asked).plan
     assert report_of(plan, sums_of(plan)) == want

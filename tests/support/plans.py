@@ -77,7 +77,7 @@ def planned(
     return plan_matrices(
         specs,
         layouts,
-        method=rule,
+        rule=rule,
         world_size=len(layouts[0]),
         distribution=distribution,
         first_index=len(earlier),
