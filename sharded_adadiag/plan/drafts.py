@@ -1,0 +1,274 @@
+"""From parameters and options to the plan of every matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from sharded_adadiag.algorithm.spec import StateSpec
+from sharded_adadiag.algorithm.state import (
+    Rule,
+    moment_dtype,
+    rotated_sides,
+    rotation_dtype,
+)
+from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
+from sharded_adadiag.plan.distribution import Candidate, choose
+from sharded_adadiag.plan.geometry import Layout, cut_rows
+from sharded_adadiag.plan.layout import MatrixLayout
+from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.ownership import assign_owners
+from sharded_adadiag.plan.route import (
+    Route,
+    broadcast_obstacle,
+    broadcast_route,
+    held_route,
+    owner_route,
+    team_route,
+)
+from sharded_adadiag.plan.spec import ParamSpec
+from sharded_adadiag.plan.stacks import divide, runs
+from sharded_adadiag.plan.teams import Demand, Team, choose_teams
+from sharded_adadiag.plan.view import Share, needs_matrix
+
+
+def plan_matrices(
+    facts: Sequence[ParamSpec],
+    layouts: Sequence[Layout],
+    *,
+    rule: Rule,
+    world_size: int,
+    distribution: str,
+    first_index: int = 0,
+    planned: Sequence[MatrixPlan] = (),
+    ranks_per_node: int | None = None,
+) -> list[MatrixPlan]:
+    """Plan every parameter that must be seen as a whole matrix.
+
+    Args:
+        facts: What is equal on all ranks about each parameter.
+        layouts: Where the entries of each are.
+        rule: The optimizer.
+        world_size: Number of ranks.
+        distribution: ``"auto"``, ``"owner"`` or ``"broadcast"``.
+        first_index: Position of the first parameter in the optimizer.
+        planned: The plans made before, which weigh on their ranks.
+        ranks_per_node: Consecutive ranks that share a node; None for all.
+
+    Returns:
+        The plans, equal on every rank.
+    """
+    drafts: list[_Draft] = []
+    loads = [0] * world_size
+    for i, (fact, layout) in enumerate(zip(facts, layouts)):
+        if needs_matrix(rule, fact.shape, fact.options):
+            drafts.extend(_drafts(first_index + i, fact, layout, rule, loads))
+    routes: dict[tuple[int, int], Route] = {}
+    if distribution != "owner":
+        routes = _broadcast(drafts, world_size, distribution)
+    routes |= {d.key: d.at_home() for d in drafts if d.home is not None}
+    plans = {d.key: d.plan(routes[d.key]) for d in drafts if d.key in routes}
+    borne = [share for plan in (*planned, *plans.values()) for share in plan.shares()]
+    rest = [d for d in drafts if d.key not in plans]
+    if distribution == "auto":
+        chosen = choose_teams(
+            [d.demand() for d in rest],
+            world_size,
+            borne,
+            ranks_per_node=ranks_per_node,
+        )
+    else:
+        owners = assign_owners([d.cost for d in rest], world_size, borne)
+        chosen = [Team.of_one(owner) for owner in owners]
+    for draft, team in zip(rest, chosen):
+        plans[draft.key] = draft.plan(draft.team_route(team))
+    return _placed([plans[draft.key] for draft in drafts])
+
+
+def _drafts(
+    index: int, fact: ParamSpec, layout: Layout, rule: Rule, loads: list[int]
+) -> Iterator[_Draft]:
+    """The matrices of a parameter; of a stack those that will have one owner."""
+    view, (_, cols) = fact.view, fact.stored
+    if view.batch:
+        shape = view.heights[0], view.cols
+        left, right = rotated_sides(shape, fact.options)
+        work = step_cost(*shape, left=left, right=right)
+        for first, count, home in divide(view, layout, cols, (work, loads)):
+            for start, size in runs(view, first, count):
+                top = start * view.heights[0] * view.cols // cols
+                share = Share(start, size, top, "stack")
+                yield _Draft.of(index, fact, layout, rule, share, home)
+        return
+    top, kind = 0, "block" if len(view.heights) > 1 else "all"
+    for i, height in enumerate(view.heights):
+        yield _Draft.of(index, fact, layout, rule, Share(i, 1, top, kind))
+        top += height
+
+
+def _placed(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
+    """The plans with the places of stacks' states on their owners."""
+    before: Counter[tuple[int, int]] = Counter()
+    placed = []
+    for plan in plans:
+        if plan.share.kind == "stack":
+            who = plan.index, plan.route.owner
+            share = dataclasses.replace(plan.share, place=before[who])
+            plan = dataclasses.replace(plan, share=share)
+            before[who] += share.count
+        placed.append(plan)
+    return placed
+
+
+def _broadcast(
+    drafts: Sequence[_Draft], world_size: int, distribution: str
+) -> dict[tuple[int, int], Route]:
+    """The routes of the matrices on which all ranks work, by key."""
+    drafts = [draft for draft in drafts if draft.share.kind != "stack"]
+    candidates = [draft.candidate() for draft in drafts]
+    kinds = choose(candidates, world_size) if distribution == "auto" else None
+    decompose = [0] * world_size
+    routes = {}
+    for i, (draft, candidate) in enumerate(zip(drafts, candidates)):
+        if candidate.broadcast and (kinds is None or kinds[i] == "broadcast"):
+            # Who has least to decompose so far computes its bases.
+            head = min(range(world_size), key=lambda rank: (decompose[rank], rank))
+            decompose[head] += draft.cost.refresh
+            routes[draft.key] = dataclasses.replace(candidate.broadcast, owner=head)
+    return routes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Draft:
+    """A matrix, or some of a stack, before its owner is known."""
+
+    index: int
+    fact: ParamSpec
+    view: MatrixLayout
+    shape: tuple[int, int]
+    share: Share
+    home: int | None
+    left: bool
+    right: bool
+    cost: MatrixCost
+    copied_bytes: int
+    states: Mapping[str, StateSpec]
+    divisible: bool
+
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        fact: ParamSpec,
+        layout: Layout,
+        rule: Rule,
+        share: Share,
+        home: int | None = None,
+    ) -> _Draft:
+        options, count = fact.options, share.count
+        rows, cols = shape = fact.view.heights[share.first], fact.view.cols
+        left, right = rotated_sides(shape, options)
+        width = fact.stored[1]
+        height = count * rows * cols // width
+        if share.kind != "all":
+            layout = cut_rows(layout, share.top, share.top + height, width)
+        sizes_of = fact.grad_dtype.itemsize, fact.work_dtype.itemsize
+        name = share.name(fact.name)
+        matrix = MatrixLayout(name, height, width, layout, *sizes_of)
+        states = rule.states(options, left=left, right=right)
+        dtypes = moment_dtype(options, fact.dtype), rotation_dtype(options, fact.dtype)
+        state_bytes: Counter[str] = Counter()
+        for spec in states.values():
+            numel = math.prod(spec.shape(shape, shape))
+            state_bytes[spec.kept] += count * numel * spec.dtype(*dtypes).itemsize
+        cost = MatrixCost(
+            count * step_cost(rows, cols, left=left, right=right),
+            count
+            * refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
+            options.refresh_every,
+            state_bytes.total(),
+        )
+        divisible = not rule.factored and options.noise_floor == 0 and left != right
+        return cls(
+            index,
+            fact,
+            matrix,
+            shape,
+            share,
+            home,
+            left,
+            right,
+            cost,
+            state_bytes["copy"],
+            states,
+            divisible and share.kind != "stack",
+        )
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """As of the plan."""
+        return self.index, self.share.first
+
+    @property
+    def two_sided_reproject(self) -> bool:
+        """Whether a refresh mixes both dimensions of the moments."""
+        return self.left and self.right and self.fact.options.on_refresh == "reproject"
+
+    def candidate(self) -> Candidate:
+        options = self.fact.options
+        alone = len(self.view.layout) == 1
+        obstacle = broadcast_obstacle(
+            self.view, two_sided_reproject=self.two_sided_reproject
+        )
+        other = None
+        if not alone and not obstacle:
+            other = broadcast_route(
+                self.view, 0, left=self.left, right=self.right, basis=options.basis
+            )
+        return Candidate(
+            self.view,
+            other,
+            self.copied_bytes,
+            self.cost.state_bytes,
+            options.refresh_every,
+        )
+
+    def demand(self) -> Demand:
+        rows, cols = self.view.rows, self.view.cols
+        lines = min(rows, cols) if self.left and self.right else rows
+        if self.left and not self.right:
+            lines = cols
+        if self.two_sided_reproject:
+            lines = 1
+        return Demand(self.cost, lines, self.copied_bytes)
+
+    def team_route(self, team: Team) -> Route:
+        sides = {"left": self.left, "right": self.right}
+        if len(team.ranks) == 1:
+            return owner_route(self.view, team.head, **sides)
+        return team_route(self.view, team.ranks, team.head, **sides)
+
+    def at_home(self) -> Route:
+        """The route of some of a stack."""
+        assert self.home is not None
+        return held_route(self.view, self.home, left=self.left, right=self.right)
+
+    def plan(self, route: Route) -> MatrixPlan:
+        options, dtype = self.fact.options, self.fact.dtype
+        return MatrixPlan(
+            self.index,
+            self.view,
+            self.shape,
+            self.share,
+            self.left,
+            self.right,
+            self.cost,
+            route,
+            moment_dtype(options, dtype),
+            rotation_dtype(options, dtype),
+            self.fact.work_dtype,
+            self.states,
+            self.divisible,
+        )
