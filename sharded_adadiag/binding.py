@@ -16,7 +16,7 @@ from sharded_adadiag.checkpoint.saved_state import SavedState
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.params.exclusion import Exclusion
 from sharded_adadiag.params.holding import find_group
-from sharded_adadiag.params.local import LocalParam, Piece, device_of, piece
+from sharded_adadiag.params.local import LocalParam, device_of, local_param
 from sharded_adadiag.params.naming import is_trained
 from sharded_adadiag.step.consensus import agree_on_parameters
 from sharded_adadiag.step.engine import Engine
@@ -310,30 +310,26 @@ class Binding:
         parts: dict[Tensor, list[zero.Fragment]] = {}
         counts: list[int] = []
 
-        def find() -> list[Piece]:
+        def find() -> list[LocalParam]:
             if error:
                 raise ValueError(error)
             self.exclusion.check(self.originals.names(self._groups))
-            pieces: list[Piece] = []
+            params: list[LocalParam] = []
             for found in new:
-                some = self._pieces(found, parts)
+                some = self._local_params(found, parts)
                 counts.append(len(some))
-                pieces.extend(some)
-            return pieces
+                params.extend(some)
+            return params
 
         plan = engine.plan
-        agreed = agree_on_parameters(
+        entries, ranks_per_node = agree_on_parameters(
             engine.comm,
             find,
             {"distribution": plan.distribution, "buffer_bytes": plan.buffer_bytes},
             kind="trainable new" if engine.entries else "trainable",
         )
-        entries = [
-            LocalParam(spec, layout, piece, piece.group)
-            for piece, spec, layout in zip(agreed.pieces, agreed.specs, agreed.layouts)
-        ]
         first = len(engine.entries)
-        engine.extend(entries, agreed.ranks_per_node)
+        engine.extend(entries, ranks_per_node)
         for found, count in zip(new, counts):
             last = first + count
             self._planned[found.param] = engine.entries[first:last]
@@ -342,12 +338,12 @@ class Binding:
                 self.flats.add(found.param, parts[found.param], range(first, last))
             first = last
 
-    def _pieces(
+    def _local_params(
         self, found: _Found, parts: dict[Tensor, list[zero.Fragment]]
-    ) -> list[Piece]:
+    ) -> list[LocalParam]:
         name, param, group, rotate, flat = found
         if not flat:
-            return [piece(param, name, group, self.optimizer, rotate=rotate)]
+            return [local_param(param, name, group, self.optimizer, may_rotate=rotate)]
         parts[param] = zero.fragments(self.originals, param, group)
         guessed = {name: known for name, _, known in self.originals.named(group)}
         names = self.originals.names(self._groups)
@@ -357,7 +353,7 @@ class Binding:
             )
             for part in parts[param]
         }
-        return zero.pieces(parts[param], param, group, self.optimizer, rotates)
+        return zero.local_params(parts[param], param, group, self.optimizer, rotates)
 
 
 def _saved_state(engine: Engine) -> SavedState:

@@ -10,11 +10,10 @@ compute_local_shape_and_global_offset``, tried with torch 2.11 and 2.13; of a pa
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,21 +26,18 @@ from sharded_adadiag.plan.regions import Box, Region, full
 from sharded_adadiag.plan.view import MatrixView
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(NamedTuple):
     """What one rank holds of one parameter.
 
     Attributes:
         shape: The logical shape of the parameter.
-        rows: Number of rows of the view in which the region is given:
-            `MatrixView.stored`, or, for a stack cut along its last dimensions, one
-            with the rows of all matrices.
-        cols: Number of columns of that view.
+        cols: Columns of the view in which the region is given: `MatrixView.stored`,
+            or, for a stack cut along its last dimensions, one with the rows of all
+            matrices.
         region: The part of the view that is held here.
     """
 
     shape: tuple[int, ...]
-    rows: int
     cols: int
     region: Region
 
@@ -120,9 +116,9 @@ def holding(
     rows, cols = view.stored
     flat = remembered(param, name)
     if flat is not None:
-        return Holding(shape, rows, cols, flat[1])
+        return Holding(shape, cols, flat[1])
     if not isinstance(param, DTensor):
-        return Holding(shape, rows, cols, full(rows, cols))
+        return Holding(shape, cols, full(rows, cols))
     if any(p.is_partial() for p in param.placements):
         raise NotImplementedError(
             f"{name}: placements {param.placements} hold partial sums; parameters "
@@ -141,15 +137,15 @@ def holding(
     if len(shape) < 2:
         start = offset[0] if offset else 0
         box = Box(0, 1, start, start + math.prod(local_shape))
-        return Holding(shape, rows, cols, box)
+        return Holding(shape, cols, box)
     # In the view of a stack each matrix is a row. If columns of matrices are cut, the
     # rows of all matrices must be its rows, on every rank.
     lead = max(len(view.batch), 1)
     cut = [getattr(placement, "dim", 0) for placement in param.placements]
     if view.batch and max(cut) > lead:
         lead += 1
-        rows, cols = view.rows, view.cols
-    return Holding(shape, rows, cols, _box(shape, local_shape, offset, lead, name))
+        cols = view.cols
+    return Holding(shape, cols, _box(shape, local_shape, offset, lead, name))
 
 
 def _box(

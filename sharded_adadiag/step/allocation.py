@@ -57,7 +57,7 @@ def _allocate_plain(entry: LocalParam, state: dict[str, Any], rule: Rule) -> Non
     dtype = options.state_dtype or entry.spec.dtype
     for key in rule.plain_states(options):
         if key not in state:
-            state[key] = entry.piece.zeros_like(dtype)
+            state[key] = entry.zeros_like(dtype)
         elif local(state[key]).shape != entry.param.shape:
             raise ValueError(
                 f"{entry.spec.name}: loaded state {key!r} has shape "

@@ -6,7 +6,6 @@ explain a difference. Regions, which differ from rank to rank, travel as integer
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,29 +15,12 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.comm.collectives import Communicator
-from sharded_adadiag.options import Options
-from sharded_adadiag.params.local import Piece
+from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.regions import Box, FlatRange, Region
 from sharded_adadiag.plan.spec import ParamSpec
 
 Settings = Mapping[str, Any]
-
-
-class Consensus(NamedTuple):
-    """New parameters that all ranks have described alike.
-
-    Attributes:
-        pieces: This rank's part of each.
-        specs: What is equal on every rank.
-        layouts: What each rank holds.
-        ranks_per_node: Consecutive ranks that share a node, None if that is unknown.
-    """
-
-    pieces: list[Piece]
-    specs: list[ParamSpec]
-    layouts: list[Layout]
-    ranks_per_node: int | None
 
 
 class _Told(NamedTuple):
@@ -51,62 +33,46 @@ class _Told(NamedTuple):
 
 def agree_on_parameters(
     comm: Communicator,
-    find: Callable[[], list[Piece]],
+    find: Callable[[], list[LocalParam]],
     settings: Settings,
     *,
     kind: str,
-) -> Consensus:
+) -> tuple[list[LocalParam], int | None]:
     """Describe new parameters and compare the descriptions; a collective.
 
     Args:
         comm: The ranks.
-        find: Gives this rank's pieces.
+        find: Gives this rank's part of each.
         settings: Options of the whole optimizer that the plan is made from.
         kind: What the parameters are called in messages.
 
     Returns:
-        The parameters.
+        The parameters, now with their layouts, and how many consecutive ranks share a
+        node, None if that is unknown.
 
     Raises:
         ValueError: On every rank, for the first error or difference.
     """
-    pieces, specs, error = _described(find)
+    params, error = _found(find)
+    specs = [param.spec for param in params]
     digest = hashlib.sha256(repr((settings, specs)).encode()).digest()[:16]
     told = comm.all_gather_object(_Told(error, digest, _ranks_per_node(comm.size)))
     if any(one.error or one.digest != told[0].digest for one in told):
         raise_on_mismatch(comm.all_gather_object((error, dict(settings), specs)), kind)
-    rows = [_row(piece.holding.region) for piece in pieces]
-    regions = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    rows = torch.tensor([_row(param.region) for param in params], dtype=torch.int64)
+    layouts = _layouts(comm.all_gather(rows.view(-1, 5)))
+    for param, layout in zip(params, layouts):
+        param.layout = layout
     per_node = {one.ranks_per_node for one in told}
-    return Consensus(
-        pieces,
-        specs,
-        _layouts(comm.all_gather(regions)),
-        min(per_node) or None if len(per_node) == 1 else None,
-    )
+    return params, min(per_node) or None if len(per_node) == 1 else None
 
 
-def _described(
-    find: Callable[[], list[Piece]],
-) -> tuple[list[Piece], list[ParamSpec], str]:
+def _found(find: Callable[[], list[LocalParam]]) -> tuple[list[LocalParam], str]:
     """This rank's new parameters, or the error that keeps it from describing them."""
     try:
-        pieces = find()
-        specs = []
-        for piece in pieces:
-            options = Options.from_group(piece.group)
-            # The learning rate is no part of the plan, and may be a tensor.
-            rotate = options.rotate and piece.rotate
-            options = dataclasses.replace(options, lr=0.0, rotate=rotate)
-            dtypes = piece.dtype, piece.grad_dtype
-            held = piece.holding
-            spec = ParamSpec(piece.name, held.shape, *dtypes, options)
-            if held.cols != spec.stored[1]:
-                spec = dataclasses.replace(spec, width=held.cols)
-            specs.append(spec)
+        return find(), ""
     except (NotImplementedError, ValueError) as error:
-        return [], [], str(error)
-    return pieces, specs, ""
+        return [], str(error)
 
 
 def _ranks_per_node(world_size: int) -> int:

@@ -190,7 +190,7 @@ def differences(told: Sequence[tuple[str, Membership]]) -> str:
 def _change(entry: LocalParam, now: Options) -> str:
     """What of a parameter's planned options has changed; empty if nothing has."""
     old, matrix = entry.spec.options, len(entry.spec.shape) > 1
-    now = dataclasses.replace(now, rotate=now.rotate and entry.piece.rotate)
+    now = dataclasses.replace(now, rotate=now.rotate and entry.may_rotate)
     # The others mean nothing to what is updated in place.
     relevant = {"momentum", "state_dtype", *(["rotate"] if matrix else [])}
     for name in PLANNED:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from sharded_adadiag.params.holding import Holding, view_in
-from sharded_adadiag.params.local import Piece, is_distributed
+from sharded_adadiag.params.local import LocalParam, is_distributed, spec_in
 from sharded_adadiag.plan.regions import FlatRange
 
 STATE_KEY = "adadiag"
@@ -303,48 +303,47 @@ def _cut_alone(flat: Tensor, named: Named) -> list[Fragment]:
     return found
 
 
-def pieces(
+def local_params(
     found: list[Fragment],
     flat: Tensor,
     group: dict[str, Any],
     optimizer: Optimizer,
     rotates: dict[str, bool],
-) -> list[Piece]:
-    """The fragments of a flat tensor as pieces of the parameters.
+) -> list[LocalParam]:
+    """The fragments of a flat tensor as this rank's parts of the parameters.
 
     Args:
         found: The fragments of the flat tensor.
         flat: A 1-D tensor with DeepSpeed's master weights of this rank.
         group: The param group that it is in.
-        optimizer: The optimizer, in whose ``state`` the pieces' states are kept.
+        optimizer: The optimizer, in whose ``state`` the parameters' states are kept.
         rotates: Whether each parameter may be rotated, by name.
 
     Returns:
-        One piece for each fragment.
+        One for each fragment.
     """
 
-    def piece(part: Fragment) -> Piece:
-        view = view_in(group, part.shape, part.name)
-        held = Holding(part.shape, *view.stored, part.region)
+    def local_param(part: Fragment) -> LocalParam:
+        _, cols = view_in(group, part.shape, part.name).stored
+        held = Holding(part.shape, cols, part.region)
+        dtypes, rotate = (flat.dtype, flat.dtype), rotates[part.name]
 
         def state() -> dict[str, Any]:
             own: dict[str, Any] = optimizer.state[flat].setdefault(STATE_KEY, {})
             return own.setdefault(part.name, {})
 
-        return Piece(
-            name=part.name,
-            dtype=flat.dtype,
-            grad_dtype=flat.dtype,
-            holding=held,
+        return LocalParam(
+            spec=spec_in(group, part.name, held, dtypes, may_rotate=rotate),
+            region=part.region,
             group=group,
-            rotate=rotates[part.name],
+            may_rotate=rotate,
             find_param=lambda: part.of(flat),
-            grad=lambda: None if flat.grad is None else part.of(flat.grad),
+            find_grad=lambda: None if flat.grad is None else part.of(flat.grad),
             state=state,
             zeros_like=lambda dtype: torch.zeros_like(part.of(flat), dtype=dtype),
         )
 
-    return [piece(part) for part in found]
+    return [local_param(part) for part in found]
 
 
 def _refuse_settings(flat: Tensor) -> None:
