@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 
 from sharded_adadiag.algorithm.state import Rule, moment_dtype
 from sharded_adadiag.options import BUFFER_BYTES
-from sharded_adadiag.plan.drafts import plan_matrices
 from sharded_adadiag.plan.geometry import Layout
 from sharded_adadiag.plan.matrices import MatrixPlan
+from sharded_adadiag.plan.placing import plan_matrices
 from sharded_adadiag.plan.quiet import no_collections
 from sharded_adadiag.plan.rounds import Round, make_rounds
 from sharded_adadiag.plan.spec import ParamSpec

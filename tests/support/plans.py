@@ -4,8 +4,8 @@ import torch
 
 from sharded_adadiag.algorithm.state import ADADIAG
 from sharded_adadiag.options import Options
-from sharded_adadiag.plan.drafts import plan_matrices
 from sharded_adadiag.plan.geometry import Layout
+from sharded_adadiag.plan.placing import plan_matrices
 from sharded_adadiag.plan.regions import Box, FlatRange
 from sharded_adadiag.plan.spec import ParamSpec
 

@@ -4,13 +4,13 @@ import contextlib
 import threading
 from collections.abc import Generator
 
-from sharded_adadiag.plan import drafts
+from sharded_adadiag.plan import placing
 from sharded_adadiag.plan.geometry import ranks_of
 from sharded_adadiag.plan.teams import Team
 
 # Ranks are threads, and each may want another size: so the functions are replaced once
 # and for all, and do as ever where nobody has asked for a size.
-_choose, _choose_teams = drafts.choose, drafts.choose_teams
+_choose, _choose_teams = placing.choose, placing.choose_teams
 _main = threading.main_thread()
 _sizes: dict[threading.Thread, int] = {}
 
@@ -53,4 +53,4 @@ def _choose_sizes(demands, world_size, borne=(), **more):
     return chosen
 
 
-drafts.choose, drafts.choose_teams = _choose_kinds, _choose_sizes
+placing.choose, placing.choose_teams = _choose_kinds, _choose_sizes

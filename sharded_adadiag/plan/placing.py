@@ -1,4 +1,4 @@
-"""From parameters and options to the plan of every matrix."""
+"""From parameters and options to matrices, and who works on each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sharded_adadiag.plan.view import Share, needs_matrix
 
 
 def plan_matrices(
-    facts: Sequence[ParamSpec],
+    params: Sequence[ParamSpec],
     layouts: Sequence[Layout],
     *,
     rule: Rule,
@@ -48,7 +48,7 @@ def plan_matrices(
     """Plan every parameter that must be seen as a whole matrix.
 
     Args:
-        facts: What is equal on all ranks about each parameter.
+        params: What is equal on all ranks about each parameter.
         layouts: Where the entries of each are.
         rule: The optimizer.
         world_size: Number of ranks.
@@ -60,51 +60,53 @@ def plan_matrices(
     Returns:
         The plans, equal on every rank.
     """
-    drafts: list[_Draft] = []
+    specs: list[MatrixSpec] = []
     loads = [0] * world_size
-    for i, (fact, layout) in enumerate(zip(facts, layouts)):
-        if needs_matrix(rule, fact.shape, fact.options):
-            drafts.extend(_drafts(first_index + i, fact, layout, rule, loads))
+    for i, (param, layout) in enumerate(zip(params, layouts)):
+        if needs_matrix(rule, param.shape, param.options):
+            specs.extend(_matrices_of(first_index + i, param, layout, rule, loads))
     routes: dict[tuple[int, int], Route] = {}
     if distribution != "owner":
-        routes = _broadcast(drafts, world_size, distribution)
-    routes |= {d.key: d.at_home() for d in drafts if d.home is not None}
-    plans = {d.key: d.plan(routes[d.key]) for d in drafts if d.key in routes}
+        routes = _broadcast(specs, world_size, distribution)
+    routes |= {spec.key: spec.at_home() for spec in specs if spec.home is not None}
+    plans = {
+        spec.key: spec.plan(routes[spec.key]) for spec in specs if spec.key in routes
+    }
     borne = [share for plan in (*planned, *plans.values()) for share in plan.shares()]
-    rest = [d for d in drafts if d.key not in plans]
+    rest = [spec for spec in specs if spec.key not in plans]
     if distribution == "auto":
         chosen = choose_teams(
-            [d.demand() for d in rest],
+            [spec.demand() for spec in rest],
             world_size,
             borne,
             ranks_per_node=ranks_per_node,
         )
     else:
-        owners = assign_owners([d.cost for d in rest], world_size, borne)
+        owners = assign_owners([spec.cost for spec in rest], world_size, borne)
         chosen = [Team.of_one(owner) for owner in owners]
-    for draft, team in zip(rest, chosen):
-        plans[draft.key] = draft.plan(draft.team_route(team))
-    return _placed([plans[draft.key] for draft in drafts])
+    for spec, team in zip(rest, chosen):
+        plans[spec.key] = spec.plan(spec.team_route(team))
+    return _placed([plans[spec.key] for spec in specs])
 
 
-def _drafts(
-    index: int, fact: ParamSpec, layout: Layout, rule: Rule, loads: list[int]
-) -> Iterator[_Draft]:
+def _matrices_of(
+    index: int, param: ParamSpec, layout: Layout, rule: Rule, loads: list[int]
+) -> Iterator[MatrixSpec]:
     """The matrices of a parameter; of a stack those that will have one owner."""
-    view, (_, cols) = fact.view, fact.stored
+    view, (_, cols) = param.view, param.stored
     if view.batch:
         shape = view.heights[0], view.cols
-        left, right = rotated_sides(shape, fact.options)
+        left, right = rotated_sides(shape, param.options)
         work = step_cost(*shape, left=left, right=right)
         for first, count, home in divide(view, layout, cols, (work, loads)):
             for start, size in runs(view, first, count):
                 top = start * view.heights[0] * view.cols // cols
                 share = Share(start, size, top, "stack")
-                yield _Draft.of(index, fact, layout, rule, share, home)
+                yield MatrixSpec.of(index, param, layout, rule, share, home)
         return
     top, kind = 0, "block" if len(view.heights) > 1 else "all"
     for i, height in enumerate(view.heights):
-        yield _Draft.of(index, fact, layout, rule, Share(i, 1, top, kind))
+        yield MatrixSpec.of(index, param, layout, rule, Share(i, 1, top, kind))
         top += height
 
 
@@ -123,29 +125,45 @@ def _placed(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
 
 
 def _broadcast(
-    drafts: Sequence[_Draft], world_size: int, distribution: str
+    specs: Sequence[MatrixSpec], world_size: int, distribution: str
 ) -> dict[tuple[int, int], Route]:
     """The routes of the matrices on which all ranks work, by key."""
-    drafts = [draft for draft in drafts if draft.share.kind != "stack"]
-    candidates = [draft.candidate() for draft in drafts]
+    specs = [spec for spec in specs if spec.share.kind != "stack"]
+    candidates = [spec.candidate() for spec in specs]
     kinds = choose(candidates, world_size) if distribution == "auto" else None
     decompose = [0] * world_size
     routes = {}
-    for i, (draft, candidate) in enumerate(zip(drafts, candidates)):
+    for i, (spec, candidate) in enumerate(zip(specs, candidates)):
         if candidate.broadcast and (kinds is None or kinds[i] == "broadcast"):
             # Who has least to decompose so far computes its bases.
             head = min(range(world_size), key=lambda rank: (decompose[rank], rank))
-            decompose[head] += draft.cost.refresh
-            routes[draft.key] = dataclasses.replace(candidate.broadcast, owner=head)
+            decompose[head] += spec.cost.refresh
+            routes[spec.key] = dataclasses.replace(candidate.broadcast, owner=head)
     return routes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Draft:
-    """A matrix, or some of a stack, before its owner is known."""
+class MatrixSpec:
+    """One matrix, or some alike of a stack, before it is known who works on it.
+
+    Attributes:
+        index: Position of the parameter in the optimizer.
+        param: The parameter.
+        view: What is stored and moved, and where it is stored.
+        shape: Rows and columns of the matrix, or of each.
+        share: Which of the parameter's matrices.
+        home: The rank that stores all of some of a stack and works on them; None if
+            that is to be decided.
+        left: P is applied.
+        right: Q is applied.
+        cost: Work and state.
+        copied_bytes: Bytes of the state of which each rank of a team has a copy.
+        states: What is kept of it.
+        divisible: Its lines are independent of each other.
+    """
 
     index: int
-    fact: ParamSpec
+    param: ParamSpec
     view: MatrixLayout
     shape: tuple[int, int]
     share: Share
@@ -161,28 +179,44 @@ class _Draft:
     def of(
         cls,
         index: int,
-        fact: ParamSpec,
+        param: ParamSpec,
         layout: Layout,
         rule: Rule,
         share: Share,
         home: int | None = None,
-    ) -> _Draft:
-        options, count = fact.options, share.count
-        rows, cols = shape = fact.view.heights[share.first], fact.view.cols
+    ) -> MatrixSpec:
+        """What some matrices of a parameter ask for.
+
+        Args:
+            index: Position of the parameter in the optimizer.
+            param: The parameter.
+            layout: Where its entries are.
+            rule: The optimizer.
+            share: Which of its matrices.
+            home: The rank that stores all of them and works on them, or None.
+
+        Returns:
+            The spec.
+        """
+        options, count = param.options, share.count
+        rows, cols = shape = param.view.heights[share.first], param.view.cols
         left, right = rotated_sides(shape, options)
-        width = fact.stored[1]
+        width = param.stored[1]
         height = count * rows * cols // width
         if share.kind != "all":
             layout = cut_rows(layout, share.top, share.top + height, width)
-        sizes_of = fact.grad_dtype.itemsize, fact.work_dtype.itemsize
-        name = share.name(fact.name)
+        sizes_of = param.grad_dtype.itemsize, param.work_dtype.itemsize
+        name = share.name(param.name)
         matrix = MatrixLayout(name, height, width, layout, *sizes_of)
         states = rule.states(options, left=left, right=right)
-        dtypes = moment_dtype(options, fact.dtype), rotation_dtype(options, fact.dtype)
+        dtypes = (
+            moment_dtype(options, param.dtype),
+            rotation_dtype(options, param.dtype),
+        )
         state_bytes: Counter[str] = Counter()
-        for spec in states.values():
-            numel = math.prod(spec.shape(shape, shape))
-            state_bytes[spec.kept] += count * numel * spec.dtype(*dtypes).itemsize
+        for state in states.values():
+            numel = math.prod(state.shape(shape, shape))
+            state_bytes[state.kept] += count * numel * state.dtype(*dtypes).itemsize
         cost = MatrixCost(
             count * step_cost(rows, cols, left=left, right=right),
             count
@@ -193,7 +227,7 @@ class _Draft:
         divisible = not rule.factored and options.noise_floor == 0 and left != right
         return cls(
             index,
-            fact,
+            param,
             matrix,
             shape,
             share,
@@ -214,10 +248,11 @@ class _Draft:
     @property
     def two_sided_reproject(self) -> bool:
         """Whether a refresh mixes both dimensions of the moments."""
-        return self.left and self.right and self.fact.options.on_refresh == "reproject"
+        return self.left and self.right and self.param.options.on_refresh == "reproject"
 
     def candidate(self) -> Candidate:
-        options = self.fact.options
+        """The two ways to compute it, for the choice between them."""
+        options = self.param.options
         alone = len(self.view.layout) == 1
         obstacle = broadcast_obstacle(
             self.view, two_sided_reproject=self.two_sided_reproject
@@ -236,6 +271,7 @@ class _Draft:
         )
 
     def demand(self) -> Demand:
+        """What it asks of a team, for the choice of one."""
         rows, cols = self.view.rows, self.view.cols
         lines = min(rows, cols) if self.left and self.right else rows
         if self.left and not self.right:
@@ -245,6 +281,7 @@ class _Draft:
         return Demand(self.cost, lines, self.copied_bytes)
 
     def team_route(self, team: Team) -> Route:
+        """How a team works on it."""
         sides = {"left": self.left, "right": self.right}
         if len(team.ranks) == 1:
             return owner_route(self.view, team.head, **sides)
@@ -256,7 +293,8 @@ class _Draft:
         return held_route(self.view, self.home, left=self.left, right=self.right)
 
     def plan(self, route: Route) -> MatrixPlan:
-        options, dtype = self.fact.options, self.fact.dtype
+        """It, placed: with the way on which it is worked on."""
+        options, dtype = self.param.options, self.param.dtype
         return MatrixPlan(
             self.index,
             self.view,
@@ -268,7 +306,7 @@ class _Draft:
             route,
             moment_dtype(options, dtype),
             rotation_dtype(options, dtype),
-            self.fact.work_dtype,
+            self.param.work_dtype,
             self.states,
             self.divisible,
         )
