@@ -83,7 +83,7 @@ def local_param(
 
     Args:
         param: A plain tensor, a DTensor or a parameter of FSDP1.
-        name: Its name.
+        name: The parameter's name.
         group: Its param group.
         optimizer: Which keeps its states.
         may_rotate: Whether its name lets it be rotated.
@@ -124,9 +124,9 @@ def spec_in(
 
     Args:
         group: Its param group.
-        name: Its name.
+        name: The parameter's name.
         held: What this rank holds of it.
-        dtypes: Of the tensor that is updated, and of its gradient.
+        dtypes: Dtype of the tensor that is updated, and that of its gradient.
         may_rotate: Whether its name lets it be rotated.
 
     Returns:

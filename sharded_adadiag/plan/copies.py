@@ -18,8 +18,8 @@ class Place(NamedTuple):
 
     Attributes:
         size: Shape of the view.
-        stride: Its strides, in elements.
-        offset: Its first element, from the start of the memory.
+        stride: Strides of the view, in elements.
+        offset: Position of the view's first element, from the start of the memory.
     """
 
     size: tuple[int, ...]
@@ -32,7 +32,7 @@ class Copy(NamedTuple):
 
     Attributes:
         item: Position of the matrix in the exchange.
-        region: What is copied.
+        region: The entries that are copied.
         source: Where it is, in a piece of the matrix or in a message.
         target: Where it goes, likewise.
     """
@@ -49,8 +49,8 @@ class Arrival(NamedTuple):
     Attributes:
         shape: Shape of the new piece.
         unmoved: The new piece is the old one.
-        whole: What is copied fills the new piece.
-        summed: What is copied is added up, not put side by side.
+        whole: The copied entries fill the new piece.
+        summed: The copies are added up, not put side by side.
         own: What this rank has itself, from its old piece.
         came: What the others send, in rank order, from the bytes received.
     """

@@ -30,7 +30,7 @@ class Candidate:
     """The two ways to compute one matrix.
 
     Attributes:
-        view: Its layout.
+        view: The matrix's size and layout.
         broadcast: The route on which all ranks work, or None if it is not possible.
         rotation_bytes: Bytes of its rotations.
         state_bytes: Bytes of all its state.

@@ -243,7 +243,7 @@ def cut_rows(layout: Layout, top: int, bottom: int, cols: int) -> Layout:
     """What a layout is of some of the rows of its matrix.
 
     Args:
-        layout: Of the whole matrix.
+        layout: Where the entries of the whole matrix are.
         top: The first row.
         bottom: The first row behind them.
         cols: Columns of the matrix.
@@ -271,9 +271,9 @@ def tiling_error(layout: Layout, rows: int, cols: int) -> str | None:
     """Why the pieces of a layout do not tile a matrix, or None if they do.
 
     Args:
-        layout: Of the matrix.
-        rows: Of the matrix.
-        cols: Of the matrix.
+        layout: Where the matrix's entries are.
+        rows: Number of rows of the matrix.
+        cols: Number of columns of the matrix.
 
     Returns:
         A sentence for an error message, or None.

@@ -95,7 +95,7 @@ def _key(packing: Packing, most: Sequence[int], limit: int) -> tuple[int, float]
 def _most_bytes(
     matrices: Sequence[MatrixPlan], items: Sequence[Item], packing: Packing
 ) -> list[int]:
-    """Of each round, the most that a rank sends or receives."""
+    """The most bytes that a rank sends or receives, by round."""
     worked = [max(used) for used in zip(*packing.used)]
     stored = [most_stored(matrices, items, blocks) for blocks in packing.rounds]
     return [max(pair) for pair in zip(worked, stored)]

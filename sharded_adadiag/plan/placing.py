@@ -158,7 +158,7 @@ class MatrixSpec:
         right: Q is applied.
         cost: Work and state.
         copied_bytes: Bytes of the state of which each rank of a team has a copy.
-        states: What is kept of it.
+        states: The tensors that are kept of it, by key.
         divisible: Its lines are independent of each other.
     """
 
@@ -242,7 +242,7 @@ class MatrixSpec:
 
     @property
     def key(self) -> tuple[int, int]:
-        """As of the plan."""
+        """The key that its plan will have."""
         return self.index, self.share.first
 
     @property

@@ -166,7 +166,7 @@ class Plan:
         """Bytes of state for each entry of a parameter that is updated where it lies.
 
         Args:
-            position: Of the parameter.
+            position: The parameter's position in the optimizer.
 
         Returns:
             Its moments' item sizes, added up.

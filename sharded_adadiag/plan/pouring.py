@@ -267,7 +267,7 @@ def _all_lines(item: Item) -> int:
 def _evenly_from(
     storage: Layout,
 ) -> tuple[Senders, float]:
-    """Who sends a line of which all holders have a part."""
+    """The ranks that send a line of which every holder has a part."""
     pieces = storage.pieces
     numel = sum(piece.numel for piece, _ in pieces)
     if len(pieces) > FEW_SENDERS:

@@ -18,9 +18,9 @@ class MatrixRow:
     """One matrix, or consecutive ones of a stack that have one owner.
 
     Attributes:
-        name: Of the parameter; behind it, if it is several matrices, which of them.
-        rows: Of the matrix, or of each.
-        cols: Of the matrix, or of each.
+        name: The parameter's name, then, if it is several matrices, which of them.
+        rows: Number of rows of the matrix, or of each matrix.
+        cols: Number of columns of the matrix, or of each matrix.
         sides: ``"left"``, ``"right"``, ``"left+right"`` or ``"-"``.
         route: ``"owner"`` or ``"broadcast"``.
         owner: The rank that computes its bases.

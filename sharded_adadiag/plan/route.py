@@ -99,7 +99,7 @@ def team_route(
     """The ranks of a team rotate a block each.
 
     Args:
-        matrix: Its layout.
+        matrix: The matrix's size and layout.
         team: At least two ascending ranks, no more than there are lines to divide.
         head: The one of them that computes the bases, from the assembled gradient.
         left: Whether P is applied.
@@ -122,7 +122,7 @@ def broadcast_obstacle(matrix: MatrixLayout, *, two_sided_reproject: bool) -> st
     """Why a matrix cannot take the broadcast route; empty if it can.
 
     Args:
-        matrix: Its layout.
+        matrix: The matrix's size and layout.
         two_sided_reproject: It is rotated on both sides and its moments are
             re-expressed at a refresh: that mixes both dimensions, of which each
             rank has only one whole.
@@ -143,7 +143,7 @@ def broadcast_route(
     """Every rank rotates its own block.
 
     Args:
-        matrix: Its layout; see `broadcast_obstacle`.
+        matrix: The matrix's size and layout; see `broadcast_obstacle`.
         owner: The rank that computes the bases.
         left: Whether P is applied.
         right: Whether Q is applied.

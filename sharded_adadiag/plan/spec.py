@@ -15,11 +15,11 @@ class ParamSpec:
     """What is the same on every rank about one parameter.
 
     Attributes:
-        name: Its name, or its position as text.
-        shape: Its logical shape.
-        dtype: Its dtype.
+        name: The parameter's name, or its position as text.
+        shape: The shape of the full parameter.
+        dtype: The parameter's dtype.
         grad_dtype: Dtype of its gradient, also on the way between ranks.
-        options: Its group's options.
+        options: The options of its param group.
         width: Columns of the view in which its layout is given; None: as usual.
     """
 
@@ -45,6 +45,6 @@ class ParamSpec:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """Of the computation: float32, or as wide as the parameter or its gradient."""
+        """Dtype of the computation: at least float32, no narrower than the gradient."""
         widest = torch.promote_types(self.dtype, self.grad_dtype)
         return torch.promote_types(widest, torch.float32)

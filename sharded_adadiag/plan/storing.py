@@ -18,7 +18,7 @@ def most_stored(
 
     Args:
         matrices: All matrices.
-        items: The same as items.
+        items: The matrices as items, in the same order.
         some: The blocks of the round, by position of the matrix.
 
     Returns:

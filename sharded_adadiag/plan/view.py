@@ -41,7 +41,7 @@ class MatrixView:
         """The view of a tensor; a vector or a scalar is one row.
 
         Args:
-            shape: Its logical shape.
+            shape: The shape of the full parameter.
             batch_dims: Leading dimensions that count matrices.
             split_rows: Rows of each matrix.
 

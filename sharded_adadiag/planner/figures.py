@@ -29,7 +29,7 @@ class Figures:
         step_efficiency: Mean over ranks of the work of a step, divided by the sum over
             rounds of the busiest rank's work in the round: 1 if no rank ever waits.
         work_max_over_mean: The busiest rank's work of a step, over the mean.
-        refresh_max_over_mean: The same of the bases of a refresh.
+        refresh_max_over_mean: The busiest rank's work on bases, over the mean.
         work_max: The busiest rank's work of a step.
         refresh_max: The busiest rank's work of a refresh of all bases.
         busiest: The rank with most work in a step.
@@ -142,7 +142,7 @@ def sample(work: Sequence[int], state: Sequence[int]) -> list[int]:
     """The ranks whose traffic is listed.
 
     Args:
-        work: Of a step, by rank.
+        work: Each rank's work in a step.
         state: Bytes, by rank.
 
     Returns:

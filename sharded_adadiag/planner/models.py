@@ -11,12 +11,12 @@ class Weight:
     """One parameter of a model.
 
     Attributes:
-        name: As in ``model.named_parameters()``.
+        name: The name in ``model.named_parameters()``.
         shape: Its logical shape.
         rotate: Whether it is in the rotated param group.
         unit: The decoder layer it is in, or "" for the rest of the model: what FSDP1
             wraps, and so lays end to end.
-        batch_dims: Of its param group: leading dimensions that count matrices.
+        batch_dims: Leading dimensions that count matrices (its group's option).
     """
 
     name: str
@@ -149,7 +149,7 @@ def named_model(name: str) -> Model:
     """A model of `DECODERS`.
 
     Args:
-        name: Its name there.
+        name: The name on the command line.
 
     Returns:
         The model.
@@ -162,7 +162,7 @@ def decoder_model(name: str, decoder: Decoder) -> Model:
 
     Args:
         name: What to call it.
-        decoder: Its sizes.
+        decoder: Sizes of the model.
 
     Returns:
         The model.

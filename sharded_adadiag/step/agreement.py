@@ -174,7 +174,7 @@ class Agreement:
         return [bool(p) for p in flags[: len(grads)]]
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
-        """Of each parameter with copies, whether this rank lacks a gradient of it."""
+        """Whether this rank lacks a gradient, for each parameter with copies."""
         return [
             int(grad is None and entry.member and entry.region.numel > 0)
             for entry, grad, copied in zip(self.entries, grads, self.copied)
@@ -182,7 +182,7 @@ class Agreement:
         ]
 
     def _lacks(self) -> list[int]:
-        """Of each watched matrix, whether this rank works on it without a basis."""
+        """Whether this rank works without a basis, for each watched matrix."""
         return [
             int(
                 self.comm.rank in m.route.team
