@@ -29,6 +29,7 @@ OPTIONS = (
     "sides",
     "side",
     "refresh_every",
+    "refresh_slots",
     "on_refresh",
     "basis",
     "max_rotated_dim",
@@ -144,6 +145,7 @@ def _add_optimizer(plan: argparse.ArgumentParser) -> None:
     add("--sides", choices=("none", "one", "two"), help="sides rotated")
     add("--side", choices=("auto", "left", "right"), help="the one side")
     add("--refresh-every", type=_steps, metavar="STEPS", help="steps, or never")
+    add("--refresh-slots", type=_slots, metavar="K", help="portions, or auto")
     add("--on-refresh", choices=("carry", "reproject"), help="what moments do then")
     add("--basis", choices=("svd", "eigh"), help="how bases are computed")
     add("--max-rotated-dim", type=int, metavar="N", help="largest side rotated")
@@ -158,6 +160,12 @@ def _steps(text: str) -> int | str:
     if text == "never" or text.isdecimal():
         return text if text == "never" else int(text)
     raise argparse.ArgumentTypeError(f"a number of steps or 'never', not {text!r}")
+
+
+def _slots(text: str) -> int | str:
+    if text == "auto" or text.isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"a number of portions or 'auto', not {text!r}")
 
 
 if __name__ == "__main__":

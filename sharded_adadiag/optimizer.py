@@ -15,7 +15,9 @@ from sharded_adadiag.binding import Binding
 from sharded_adadiag.checkpoint.hooks import FORMAT_VERSION, loading, saving
 from sharded_adadiag.comm.collectives import communicator
 from sharded_adadiag.options import (
+    DEFAULTS,
     DISTRIBUTIONS,
+    LATER_OPTIONS,
     OPTION_NAMES,
     Options,
     as_number,
@@ -48,8 +50,8 @@ class RotatedOptimizer(Optimizer):
             ``distribution``, ``buffer_bytes`` and ``process_group`` may be set per
             group. Groups may be edited between steps, alike on all ranks: parameters
             may leave, come back and move. What the plan was made from stays as it
-            was: ``rotate``, ``sides``, ``side``, ``momentum``, ``state_dtype``,
-            ``rotation_dtype`` and ``max_rotated_dim``.
+            was: ``rotate``, ``sides``, ``side``, ``refresh_slots``, ``momentum``,
+            ``state_dtype``, ``rotation_dtype`` and ``max_rotated_dim``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay rates of the first and the second moment.
         eps: Added to the bias-corrected square root of an unfactored second moment.
@@ -59,6 +61,9 @@ class RotatedOptimizer(Optimizer):
         side: The side that ``"one"`` rotates: ``"left"``, ``"right"``, or ``"auto"``
             for the smaller one (left for square matrices).
         refresh_every: Steps between two bases (T of the paper); None keeps the first.
+        refresh_slots: In how many portions, spread over these steps, the matrices get
+            their new bases; 1: all in one step (the paper); ``"auto"``: as many as
+            keep the longest step near the others.
         on_refresh: ``"carry"`` the moments over (the paper), or ``"reproject"`` them.
         basis: ``"svd"`` (the paper) or ``"eigh"`` of the float64 Gram matrix.
         max_rotated_dim: A matrix whose rotated dimension is larger gets plain Adam.
@@ -105,6 +110,7 @@ class RotatedOptimizer(Optimizer):
         sides: Literal["none", "one", "two"] = "one",
         side: Literal["auto", "left", "right"] = "auto",
         refresh_every: int | None = 200,
+        refresh_slots: int | Literal["auto"] = 1,
         on_refresh: Literal["carry", "reproject"] = "carry",
         basis: Literal["svd", "eigh"] = "svd",
         max_rotated_dim: int = 8192,
@@ -139,6 +145,9 @@ class RotatedOptimizer(Optimizer):
         defaults |= {**self.rule.options, **own}
         defaults = {name: as_number(value) for name, value in defaults.items()}
         Options.from_group(defaults)
+        for name in LATER_OPTIONS:
+            if defaults[name] == DEFAULTS[name]:
+                del defaults[name]
         name_dtypes(defaults)
         self._binding = Binding(
             self,

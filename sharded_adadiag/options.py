@@ -15,6 +15,7 @@ Sides = Literal["none", "one", "two"]
 Side = Literal["auto", "left", "right"]
 OnRefresh = Literal["carry", "reproject"]
 Basis = Literal["svd", "eigh"]
+RefreshSlots = int | Literal["auto"]
 Nonfinite = Literal["raise", "skip", "ignore"]
 Distribution = Literal["auto", "owner", "broadcast"]
 
@@ -22,6 +23,10 @@ DTYPE_OPTIONS = frozenset({"state_dtype", "rotation_dtype"})
 # What is set per group only: an optimizer has no default of them, so a state dict has
 # them just for the groups in which they are set.
 GROUP_OPTIONS = frozenset({"rotate", "batch_dims", "split_rows"})
+# Checkpoints that torch flattens cannot be read by whoever has a key more than they. So
+# groups have these, which are younger than the first checkpoints, only where they are
+# not the default.
+LATER_OPTIONS = frozenset({"refresh_slots"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 # What the exchanges of a step may take on each rank unless the user says otherwise.
 BUFFER_BYTES = 44 << 20
@@ -42,9 +47,9 @@ class Options:
     """What may be set per param group: all but ``distribution`` and the group.
 
     The plan is made from ``rotate``, ``sides``, ``side``, ``momentum``,
-    ``state_dtype``, ``rotation_dtype``, ``max_rotated_dim``, ``batch_dims`` and
-    ``split_rows``, which then stay as they are. All others may be changed between
-    steps. The last two are set per group only, where they are wanted.
+    ``refresh_slots``, ``state_dtype``, ``rotation_dtype``, ``max_rotated_dim``,
+    ``batch_dims`` and ``split_rows``, which then stay as they are. All others may be
+    changed between steps. The last two are set per group only, where they are wanted.
 
     Attributes:
         lr: Learning rate, a number or a one-element tensor.
@@ -58,6 +63,9 @@ class Options:
         refresh_every: Steps between two bases (T of the paper); None keeps the
             first basis for ever. A gradient of zeros makes none: the first one
             comes with the first gradient that is not zero.
+        refresh_slots: In how many portions, spread over the period, the matrices get
+            their new bases (`plan.schedule`); 1 is the paper: all in one step. With
+            ``"auto"`` the plan takes a number, and the group has it from then on.
         on_refresh: ``"carry"`` keeps the moments as they are when the basis
             changes (the paper); ``"reproject"`` re-expresses them.
         basis: ``"svd"`` of the gradient (the paper), or ``"eigh"`` of its
@@ -91,6 +99,7 @@ class Options:
     sides: Sides = _planned("one")
     side: Side = _planned("auto")
     refresh_every: int | None = _steering(200)
+    refresh_slots: RefreshSlots = _planned(1)
     on_refresh: OnRefresh = _steering("carry")
     basis: Basis = _steering("svd")
     max_rotated_dim: int = _planned(8192)
@@ -110,6 +119,12 @@ class Options:
             value = getattr(self, name)
             if not test(value):
                 raise ValueError(f"invalid {name}: got {value!r}, {rule}")
+        every, slots = self.refresh_every, self.refresh_slots
+        if every is not None and slots != "auto" and slots > every:
+            raise ValueError(
+                f"invalid refresh_slots: got {slots!r}, it must be at most "
+                f"refresh_every, which is {every!r}"
+            )
         if self.split_rows is not None:  # it is compared, and a key of caches
             object.__setattr__(self, "split_rows", tuple(self.split_rows))
 
@@ -213,6 +228,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or is_positive_int(v),
         "it must be an integer >= 1, or None to keep the first basis",
     ),
+    "refresh_slots": (
+        lambda v: is_positive_int(v) or (isinstance(v, str) and v == "auto"),
+        'it must be an integer >= 1, or "auto"',
+    ),
     "on_refresh": _one_of("carry", "reproject"),
     "basis": _one_of("svd", "eigh"),
     "max_rotated_dim": (is_positive_int, "it must be an integer >= 1"),
@@ -234,6 +253,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 _FIELDS = dataclasses.fields(Options)
+DEFAULTS = {field.name: field.default for field in _FIELDS}
 OPTION_NAMES = tuple(field.name for field in _FIELDS)
 PLANNED = tuple(field.name for field in _FIELDS if "planned" in field.metadata)
 STEERING = tuple(field.name for field in _FIELDS if "steering" in field.metadata)

@@ -35,6 +35,7 @@ SLOW = {
     "test_planned_traffic",
     "test_random_cases",
     "test_replaced_parameters",
+    "test_slots",
     "test_teams_on_ranks",
     "test_traffic",
 }

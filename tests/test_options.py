@@ -15,6 +15,7 @@ BAD_OPTIONS = {
     "sides": "three",
     "side": "up",
     "refresh_every": 0,
+    "refresh_slots": "many",
     "on_refresh": "drop",
     "basis": "qr",
     "max_rotated_dim": 0,
@@ -33,6 +34,22 @@ def test_an_invalid_option_is_refused_with_its_name_value_and_rule(name):
     with pytest.raises(ValueError, match=f"invalid {name}: got .*must be") as caught:
         AdaDiag(parameters(), **{name: value})
     assert repr(value) in str(caught.value)
+
+
+def test_there_are_no_more_slots_than_steps_of_a_period():
+    AdaDiag(parameters(), refresh_every=4, refresh_slots=4)
+    AdaDiag(parameters(), refresh_every=None, refresh_slots=5)
+    with pytest.raises(ValueError, match="invalid refresh_slots: got 5, .* is 4"):
+        AdaDiag(parameters(), refresh_every=4, refresh_slots=5)
+
+
+def test_a_group_holds_a_younger_option_only_where_it_is_set():
+    """So a checkpoint from before it has all the keys that a group asks for."""
+    first, second = parameters()[:1], parameters()[1:]
+    opt = AdaDiag([{"params": first}, {"params": second, "refresh_slots": 2}])
+    assert ["refresh_slots" in group for group in opt.param_groups] == [False, True]
+    opt = AdaDiag(parameters(), refresh_slots=3)
+    assert opt.param_groups[0]["refresh_slots"] == 3
 
 
 @pytest.mark.parametrize("name", ["lr", "sides", "nonfinite"])

@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from sharded_adadiag.algorithm.state import Rule, rotated_sides
-from sharded_adadiag.options import GROUP_OPTIONS, OPTION_NAMES, Options, as_number
+from sharded_adadiag.options import (
+    GROUP_OPTIONS,
+    LATER_OPTIONS,
+    OPTION_NAMES,
+    Options,
+    as_number,
+)
 from sharded_adadiag.params.holding import logical_shape
 from sharded_adadiag.plan.view import MatrixView
 
@@ -53,7 +59,7 @@ def admit(
     for key in OPTION_NAMES:
         if key in group:
             group[key] = as_number(group[key])
-    known = {*options, *GROUP_OPTIONS}
+    known = {*options, *GROUP_OPTIONS, *LATER_OPTIONS}
     new = set(group) - known - _OTHER_KEYS - told
     told |= new
     if new and os.environ.get("RANK", "0") == "0":

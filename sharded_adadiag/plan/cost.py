@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from sharded_adadiag.plan.schedule import Slots
+
 # An entry-wise pass over the moments costs about as much as this many
 # multiply-adds for each entry.
 ELEMENTWISE = 40
@@ -24,12 +26,14 @@ class MatrixCost:
         refresh: Multiply-adds of one refresh of the basis.
         refresh_every: Steps between refreshes; None if it is never refreshed.
         state_bytes: Bytes of moments and rotations.
+        slots: When it is refreshed.
     """
 
     step: int
     refresh: int
     refresh_every: int | None
     state_bytes: int
+    slots: Slots = Slots.one(1)
 
     @property
     def per_step(self) -> float:

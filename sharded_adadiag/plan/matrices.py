@@ -122,7 +122,8 @@ class MatrixPlan:
             step = whole[0] * moments[rank].numel // whole[1]
             refresh = self.cost.refresh if rank == self.route.owner else 0
             every, state = self.cost.refresh_every, self.state_bytes(rank)
-            shares.append((rank, MatrixCost(step, refresh, every, state)))
+            cost = MatrixCost(step, refresh, every, state, self.cost.slots)
+            shares.append((rank, cost))
         return shares
 
     def state_bytes(self, rank: int) -> int:

@@ -1,12 +1,14 @@
-"""Which rank owns which matrix: balanced in work and in bytes of state."""
+"""Which rank owns which matrix: balanced in work, in bytes of state, and in slots."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from sharded_adadiag.plan.cost import MatrixCost
+from sharded_adadiag.plan.schedule import When
 
 # A change of owners: (matrix, new owner) pairs.
 Change = tuple[tuple[int, int], ...]
@@ -24,7 +26,9 @@ def assign_owners(
     A rank's load is the larger of its share of the work (per step, refreshes spread
     over their period) and its share of the state. Matrices are placed heaviest first
     on the least loaded rank (longest processing time first); then up to two matrices
-    are moved or swapped while the most loaded rank gains.
+    are moved or swapped while the most loaded rank gains. If bases are not all made in
+    one step, matrices of the same cost then exchange their owners, so that in no step
+    one rank has most of them to make.
 
     Args:
         costs: What each matrix costs.
@@ -48,7 +52,70 @@ def assign_owners(
         if chosen is None:
             break
         loads.apply(chosen)
+    if any(cost.slots.count > 1 for cost in costs):
+        return _apart_in_time(costs, loads.owners, borne)
     return loads.owners
+
+
+class RefreshLoads:
+    """What the bases that each rank computes take, in all and in each slot.
+
+    Args:
+        borne: Ranks and the costs of matrices whose bases they compute.
+    """
+
+    def __init__(self, borne: Iterable[tuple[int, MatrixCost]] = ()) -> None:
+        self._total: Counter[int] = Counter()
+        self._then: Counter[tuple[int, When]] = Counter()
+        for rank, cost in borne:
+            self.add(rank, cost)
+
+    def add(self, rank: int, cost: MatrixCost) -> None:
+        """A rank computes the bases of a matrix, or of several."""
+        self._total[rank] += cost.refresh
+        for when, part in cost.slots.shares(cost.refresh):
+            self._then[rank, when] += part
+
+    def then(self, rank: int, cost: MatrixCost) -> int:
+        """What else a rank computes in the step in which a matrix is refreshed."""
+        return self._then[rank, cost.slots.only]
+
+    def least(self, ranks: Iterable[int], cost: MatrixCost) -> int:
+        """Who of some ranks shall compute the basis of a matrix.
+
+        Args:
+            ranks: The ranks.
+            cost: The matrix's.
+
+        Returns:
+            The rank with least to compute in the same step; of equals the one with
+            least in all, then the first.
+        """
+        return min(ranks, key=lambda r: (self.then(r, cost), self._total[r], r))
+
+
+def _apart_in_time(
+    costs: Sequence[MatrixCost],
+    owners: Sequence[int],
+    borne: Sequence[tuple[int, MatrixCost]],
+) -> list[int]:
+    """Exchange the owners of matrices of the same cost, slot by slot."""
+    loads, found = RefreshLoads(borne), list(owners)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, cost in enumerate(costs):
+        kind = cost.refresh, cost.refresh_every or 0, cost.step, cost.state_bytes
+        alike.setdefault(kind, []).append(i)
+    for _, which in sorted(alike.items(), reverse=True):
+        places = Counter(owners[i] for i in which)
+        for i in sorted(which, key=lambda i: (costs[i].slots.only, i)):
+            # Who has most of them left has most choice later.
+            order = ((loads.then(r, costs[i]), -left, r) for r, left in places.items())
+            *_, found[i] = min(order)
+            loads.add(found[i], costs[i])
+            places.subtract([found[i]])
+            if not places[found[i]]:
+                del places[found[i]]
+    return found
 
 
 class _Loads:

@@ -19,7 +19,7 @@ from sharded_adadiag.plan.distribution import Candidate, choose
 from sharded_adadiag.plan.geometry import Layout, cut_rows
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.matrices import MatrixPlan
-from sharded_adadiag.plan.ownership import assign_owners
+from sharded_adadiag.plan.ownership import RefreshLoads, assign_owners
 from sharded_adadiag.plan.route import (
     Route,
     broadcast_obstacle,
@@ -28,6 +28,7 @@ from sharded_adadiag.plan.route import (
     owner_route,
     team_route,
 )
+from sharded_adadiag.plan.schedule import Slots, When, give_slots, slot_weight
 from sharded_adadiag.plan.spec import ParamSpec
 from sharded_adadiag.plan.stacks import divide, runs
 from sharded_adadiag.plan.teams import Demand, Team, choose_teams
@@ -62,9 +63,11 @@ def plan_matrices(
     """
     specs: list[MatrixSpec] = []
     loads = [0] * world_size
+    slots = _slots(params, rule, planned)
     for i, (param, layout) in enumerate(zip(params, layouts)):
         if needs_matrix(rule, param.shape, param.options):
-            specs.extend(_matrices_of(first_index + i, param, layout, rule, loads))
+            some = _matrices_of(first_index + i, param, layout, rule, loads)
+            specs.extend(spec.at(slots[i]) if slots[i] else spec for spec in some)
     routes: dict[tuple[int, int], Route] = {}
     if distribution != "owner":
         routes = _broadcast(specs, world_size, distribution)
@@ -87,6 +90,29 @@ def plan_matrices(
     for spec, team in zip(rest, chosen):
         plans[spec.key] = spec.plan(spec.team_route(team))
     return _placed([plans[spec.key] for spec in specs])
+
+
+def _slots(
+    params: Sequence[ParamSpec], rule: Rule, planned: Sequence[MatrixPlan]
+) -> list[list[int]]:
+    """The slots of each parameter's matrices; none if all are refreshed at once."""
+    weighed: list[list[tuple[int, int]]] = []
+    for param in params:
+        count, some = param.options.refresh_slots, []
+        if count != 1 and needs_matrix(rule, param.shape, param.options):
+            assert count != "auto", "the plan has taken a number"
+            cols = param.view.cols
+            for height in param.view.heights:
+                left, right = rotated_sides((height, cols), param.options)
+                weight = slot_weight(height, cols, left=left, right=right)
+                some.append((count, weight))
+        weighed.append(some)
+    borne: Counter[When] = Counter()
+    for m in planned:
+        weight = slot_weight(*m.shape, left=m.left, right=m.right)
+        borne.update(dict(m.cost.slots.shares(weight * m.share.count)))
+    given = iter(give_slots([one for some in weighed for one in some], borne))
+    return [[next(given) for _ in some] for some in weighed]
 
 
 def _matrices_of(
@@ -131,13 +157,13 @@ def _broadcast(
     specs = [spec for spec in specs if spec.share.kind != "stack"]
     candidates = [spec.candidate() for spec in specs]
     kinds = choose(candidates, world_size) if distribution == "auto" else None
-    decompose = [0] * world_size
+    decompose = RefreshLoads()
     routes = {}
     for i, (spec, candidate) in enumerate(zip(specs, candidates)):
         if candidate.broadcast and (kinds is None or kinds[i] == "broadcast"):
             # Who has least to decompose so far computes its bases.
-            head = min(range(world_size), key=lambda rank: (decompose[rank], rank))
-            decompose[head] += spec.cost.refresh
+            head = decompose.least(range(world_size), spec.cost)
+            decompose.add(head, spec.cost)
             routes[spec.key] = dataclasses.replace(candidate.broadcast, owner=head)
     return routes
 
@@ -223,6 +249,7 @@ class MatrixSpec:
             * refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
             options.refresh_every,
             state_bytes.total(),
+            Slots.one(count),
         )
         divisible = not rule.factored and options.noise_floor == 0 and left != right
         return cls(
@@ -239,6 +266,15 @@ class MatrixSpec:
             states,
             divisible and share.kind != "stack",
         )
+
+    def at(self, slots: Sequence[int]) -> MatrixSpec:
+        """The same with the slots of the parameter's matrices."""
+        first = self.share.first
+        count = self.param.options.refresh_slots
+        assert count != "auto"
+        own = Slots.of(count, slots[first : first + self.share.count])
+        cost = dataclasses.replace(self.cost, slots=own)
+        return dataclasses.replace(self, cost=cost)
 
     @property
     def key(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.placing import plan_matrices
 from sharded_adadiag.plan.quiet import no_collections
 from sharded_adadiag.plan.rounds import Round, make_rounds
+from sharded_adadiag.plan.slot_count import with_slot_counts
 from sharded_adadiag.plan.spec import ParamSpec
 
 # Without an option exchanges may take this part of the mean rank's state.
@@ -97,8 +98,11 @@ class Plan:
 
         Returns:
             A plan in which all that was planned before is as it was: owners and
-            rounds too. The new matrices are placed with that load in mind.
+            rounds too. The new matrices are placed with that load in mind. Where their
+            options leave a number to the plan, its `specs` have one.
         """
+        work = sum(m.cost.step for m in self.matrices)
+        specs = with_slot_counts(specs, self.rule, self.world_size, work)
         matrices = plan_matrices(
             specs,
             layouts,

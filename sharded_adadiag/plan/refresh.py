@@ -8,8 +8,8 @@ from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
 from sharded_adadiag.plan.geometry import everywhere, on_team, only_on
 from sharded_adadiag.plan.matrices import MatrixPlan
 
-# Which bases are due together may differ from refresh to refresh.
-PLANS_KEPT = 16
+# Which bases are due together differs from slot to slot, and may from time to time.
+PLANS_KEPT = 128
 
 
 @functools.lru_cache(PLANS_KEPT)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from sharded_adadiag.plan.cost import MatrixCost
 from sharded_adadiag.plan.geometry import Ranks, ranks_of
-from sharded_adadiag.plan.ownership import assign_owners
+from sharded_adadiag.plan.ownership import RefreshLoads, assign_owners
 
 # In percent of the mean: what the most loaded rank may do in a step, and may keep.
 WORK_TOLERANCE = 105
@@ -111,7 +111,7 @@ def choose_teams(
     if excess > 0 and any(m.max_ranks > 1 for m in matrices):
         placed = _fewest(matrices, world_size, borne, ranks_per_node or world_size)
         if _excess(matrices, placed, world_size, borne) < excess:
-            return _with_heads(matrices, placed, world_size, borne)
+            return _with_heads(matrices, placed, borne)
     return [Team.of_one(owner) for owner in owners]
 
 
@@ -244,15 +244,12 @@ class _Rooms:
 def _with_heads(
     matrices: Sequence[Demand],
     members: Sequence[Ranks],
-    world_size: int,
     borne: Borne,
 ) -> list[Team]:
     """Each team's head is the member that has least to decompose."""
-    refreshes = [0] * world_size
-    for rank, cost in borne:
-        refreshes[rank] += cost.refresh
+    loads = RefreshLoads(borne)
     heads = [0] * len(matrices)
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].cost.refresh, i)):
-        heads[i] = min(members[i], key=lambda rank: (refreshes[rank], rank))
-        refreshes[heads[i]] += matrices[i].cost.refresh
+        heads[i] = loads.least(members[i], matrices[i].cost)
+        loads.add(heads[i], matrices[i].cost)
     return [Team(ranks, head) for ranks, head in zip(members, heads)]

@@ -11,6 +11,7 @@ from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.quiet import no_collections
 from sharded_adadiag.plan.report import refreshes_of, state_bytes, step_work
 from sharded_adadiag.plan.rounds import Round
+from sharded_adadiag.plan.schedule import When
 
 # Traffic is listed message by message for this many ranks; of more, for a sample.
 RANKS_LISTED = 32
@@ -29,9 +30,10 @@ class Figures:
         step_efficiency: Mean over ranks of the work of a step, divided by the sum over
             rounds of the busiest rank's work in the round: 1 if no rank ever waits.
         work_max_over_mean: The busiest rank's work of a step, over the mean.
-        refresh_max_over_mean: The busiest rank's work on bases, over the mean.
+        refresh_max_over_mean: The busiest rank's work for the bases that are due in
+            one step, over the mean.
         work_max: The busiest rank's work of a step.
-        refresh_max: The busiest rank's work of a refresh of all bases.
+        refresh_max: The busiest rank's work for the bases that are due in one step.
         busiest: The rank with most work in a step.
         state_bytes_mean: State of a rank.
         state_bytes_max: State of the rank with most.
@@ -124,18 +126,20 @@ def figures_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Figures:
 
 
 def refresh_work(plan: Plan) -> list[int]:
-    """Multiply-adds of the bases that each rank computes in a refresh of all.
+    """Multiply-adds of the bases that each rank computes when they are due.
 
     Args:
         plan: The plan.
 
     Returns:
-        By rank.
+        By rank; of the slot with the busiest rank, if not all are due in one step.
     """
-    total = [0] * plan.world_size
+    then: dict[When, list[int]] = {(1, 0): [0] * plan.world_size}
     for matrix in plan.members:
-        total[matrix.route.owner] += matrix.cost.refresh
-    return total
+        for when, part in matrix.cost.slots.shares(matrix.cost.refresh):
+            loads = then.setdefault(when, [0] * plan.world_size)
+            loads[matrix.route.owner] += part
+    return max(then.values(), key=max)
 
 
 def sample(work: Sequence[int], state: Sequence[int]) -> list[int]:

@@ -55,6 +55,7 @@ def as_json(request: Request, made: Answer, figures: Figures) -> dict[str, Any]:
         "work_max_over_mean": round(figures.work_max_over_mean, 4),
         "work_max": figures.work_max,
         "busiest_rank": figures.busiest,
+        "refresh_slots": plan.specs[0].options.refresh_slots if plan.specs else 1,
         "refresh_max_over_mean": round(figures.refresh_max_over_mean, 4),
         "refresh_max": figures.refresh_max,
         "state_bytes_mean": round(figures.state_bytes_mean),
@@ -143,11 +144,9 @@ def _rows(
         f"{figures.collectives_step:,} collectives",
     )
     yield "buffers", f"up to {size(figures.buffer_bytes_max)} a rank for exchanges"
-    every = plan.specs[0].options.refresh_every if plan.specs else None
     yield (
         "refresh",
-        ("once" if every is None else f"every {every:,} steps")
-        + f": up to {number(figures.refresh_max)} multiply-adds a rank, "
+        _when(plan) + f": up to {number(figures.refresh_max)} multiply-adds a rank, "
         f"{figures.refresh_max_over_mean:.2f} x the mean; "
         f"up to {size(figures.sent_bytes_refresh_max)} sent on top",
     )
@@ -156,6 +155,16 @@ def _rows(
         f"in {made.seconds:.2f} s, with {made.peak_rss_mb:,.0f} MB of memory"
         + _sampled(request, figures),
     )
+
+
+def _when(plan: Plan) -> str:
+    """When bases are computed, as the first group says."""
+    options = plan.specs[0].options if plan.specs else None
+    if options is None or options.refresh_every is None:
+        return "once"
+    slots = options.refresh_slots
+    portions = "" if slots == 1 else f" in {slots} portions"
+    return f"every {options.refresh_every:,} steps{portions}"
 
 
 def _sampled(request: Request, figures: Figures) -> str:

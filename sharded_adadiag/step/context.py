@@ -17,6 +17,7 @@ from sharded_adadiag.params.local import LocalParam
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.regions import Box, Region, entries_above
 from sharded_adadiag.plan.rounds import Part
+from sharded_adadiag.plan.schedule import Slots
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import Batch, RoundHere
 from sharded_adadiag.step.states import State, apart, states_of
@@ -81,8 +82,8 @@ class Step:
     def refreshes(self, matrix: MatrixPlan) -> Sequence[int]:
         """Of which matrices of a plan this step computes a new basis.
 
-        It does so on steps 1, T + 1, 2T + 1, ..., and on every step until a gradient
-        that is not zero has made the first one.
+        It does so on step 1, then every T steps in their slots (`plan.schedule`), and
+        on every step until a gradient that is not zero has made the first one.
 
         Args:
             matrix: One that this rank works on, or of which the ranks have agreed
@@ -94,15 +95,18 @@ class Step:
         if not (matrix.left or matrix.right) or not self.present[matrix.index]:
             return []
         since_first = self.count(matrix) - 1
-        period = self.options_of(matrix).refresh_every
-        if since_first == 0 or (period is not None and since_first % period == 0):
+        if since_first == 0:
             return range(matrix.share.count)
+        every = self.options_of(matrix).refresh_every
+        due = whose_turn(matrix.cost.slots, since_first, every)
+        if len(due) == matrix.share.count:
+            return due
         agreed = self.lacking.get(matrix.key)
         if agreed is not None:
             return [0] if agreed else []
         if matrix.key in self.bases.complete:
-            return []
-        return self.bases.lacking(matrix, self.held[matrix.index])
+            return due
+        return sorted({*due, *self.bases.lacking(matrix, self.held[matrix.index])})
 
     def due(self, here: RoundHere) -> list[tuple[int, Sequence[int]]]:
         """Which matrices of a round get a new basis from what is at hand.
@@ -292,6 +296,25 @@ class Step:
         there.add_(update.view(there.shape), alpha=-lr)
         if there is not param and whole.data_ptr() != param.data_ptr():
             param.copy_(whole.view(param.shape))  # its strides allow no view
+
+
+def whose_turn(slots: Slots, steps: int, every: int | None) -> Sequence[int]:
+    """Which of some matrices are refreshed, if all have a basis.
+
+    Args:
+        slots: Theirs.
+        steps: Steps since the first one.
+        every: T, or None if there is no refresh but the first.
+
+    Returns:
+        Their positions.
+    """
+    if every is None:
+        return ()
+    for slot, some in slots.taken:
+        if slot * every // slots.count == steps % every:
+            return some  # no two slots share a step: K is at most T
+    return ()
 
 
 def cut_moment(moment: Tensor, dims: Sequence[str], here: Box, held: Box) -> Tensor:

@@ -91,6 +91,10 @@ class Engine:
         plan = plan.extended(
             [entry.spec for entry in entries], [entry.layout for entry in entries]
         )
+        for entry, spec in zip(entries, plan.specs[len(self.entries) :]):
+            entry.spec = spec
+            if entry.group.get("refresh_slots") == "auto":
+                entry.group["refresh_slots"] = spec.options.refresh_slots
         if self.comm.rank == 0:
             _warn_of_lopsided(plan.matrices[known:])
         self.entries.extend(entries)

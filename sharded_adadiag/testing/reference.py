@@ -27,6 +27,8 @@ class ReferenceOptions:
     sides: str = "one"  # or "none" (the base method), "two" (AdaDiag++)
     side: str = "auto"  # or "left", "right"
     refresh_every: int | None = 200  # T; None keeps the first basis for ever
+    refresh_slots: int = 1  # K
+    slot: int = 0  # of this matrix, as `ReferenceOptimizer` gives them
     on_refresh: str = "carry"  # or "reproject"
     basis: str = "svd"  # or "eigh"
     max_rotated_dim: int = 8192
@@ -61,9 +63,10 @@ def reference_step(
         return
     g = grad.reshape(weight.shape[0], -1)  # 1. G_t, a convolution's as [m, rest]
 
-    # 2. The basis of the current gradient on steps 1, T+1, 2T+1, ... Zeros tell nothing
-    # of a basis: the old one stays, and the first comes with the first non-zero G.
-    scheduled = o.refresh_every is not None and (t - 1) % o.refresh_every == 0
+    # 2. The basis of the current gradient on steps 1, T+1, 2T+1, ..., or so much later
+    # as the slot says. Zeros tell nothing of a basis: the old one stays, and the first
+    # comes with the first non-zero G.
+    scheduled = _is_due(t - 1, o)
     p = state.get("rotation_left", torch.eye(g.shape[0]).to(g))
     q = state.get("rotation_right", torch.eye(g.shape[1]).to(g))
     has_basis = state.keys() & {"rotation_left", "rotation_right"}
@@ -93,6 +96,7 @@ class ReferenceOptimizer:
         groups = list(params)
         groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
         self.param_groups = [{**options, **group} for group in groups]
+        self.slots = _slots(self.param_groups)
 
     def step(self) -> None:
         """Update every parameter that has a ``grad``."""
@@ -101,7 +105,41 @@ class ReferenceOptimizer:
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state.setdefault(p, {})
+                    options["slot"] = self.slots[p]
                     reference_step(self.method, p, p.grad, state, **options)
+
+
+def _is_due(since_first: int, o: ReferenceOptions) -> bool:
+    """Whether a matrix has its turn, the first step aside."""
+    if o.refresh_every is None:
+        return False
+    phase = o.slot * o.refresh_every // o.refresh_slots
+    return since_first % o.refresh_every == phase
+
+
+def _slots(groups: list[dict[str, Any]]) -> dict[Tensor, int]:
+    # One by one, those that take longest first, to the slot with least so far.
+    slots, loads, weighed = {}, dict[tuple[int, int], int](), list[Any]()
+    for group in groups:
+        options = {key: group[key] for key in group if key != "params"}
+        o = ReferenceOptions(**options)
+        for p in group["params"]:
+            left, right = _rotated_sides(p, o) or (False, False)
+            weighed.append((-_slot_weight(p, left, right), o.refresh_slots, p))
+    for weight, count, p in sorted(weighed, key=lambda one: one[0]):
+        slots[p] = min(range(count), key=lambda s: loads.get((count, s), 0))
+        loads[count, slots[p]] = loads.get((count, slots[p]), 0) - weight
+    return slots
+
+
+def _slot_weight(weight: Tensor, left: bool, right: bool) -> int:
+    """Multiply-adds of a decomposition, roughly; it shall never change."""
+    if not (left or right):
+        return 0
+    rows, cols = weight.flatten(1).shape
+    short, long = sorted((rows, cols))
+    null_space = short * long**2 if max(rows * left, cols * right) > short else 0
+    return short**2 * (16 * short + long) + null_space
 
 
 def _rotated_sides(weight: Tensor, o: ReferenceOptions) -> tuple[bool, bool] | None:

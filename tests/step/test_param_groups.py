@@ -176,6 +176,7 @@ PLAN: dict[str, Any] = {
     "state_dtype": torch.float64,
     "rotation_dtype": torch.float64,
     "max_rotated_dim": 4,
+    "refresh_slots": 2,
     "batch_dims": 1,
     "split_rows": (2, 2),
 }
@@ -210,7 +211,8 @@ def test_a_planned_option_cannot_change_and_every_rank_says_so(layout, editors):
     assert all(messages == results[0] for messages in results)
     for (name, value), message in zip(PLAN.items(), results[0]):
         was = {"rotate": True, "sides": "one", "side": "auto", "momentum": True}
-        old = {**was, "max_rotated_dim": 8192, "batch_dims": 0}.get(name)
+        counts = {"max_rotated_dim": 8192, "refresh_slots": 1, "batch_dims": 0}
+        old = {**was, **counts}.get(name)
         assert f"wide: {name} of its param group changed from {old!r}" in message
         assert f"to {value!r}" in message and "nothing has changed" in message
 

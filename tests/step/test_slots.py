@@ -1,0 +1,222 @@
+"""Bases in portions: the same run on every layout, and the reference's."""
+
+import copy
+
+import pytest
+import torch
+from support.stacks import advance as advance_stacks
+from support.stacks import by_matrix, optimizer, placed
+from support.stacks import weights as stack_weights
+from support.training import (
+    CLASSES,
+    Parameters,
+    groups,
+    local_gradient,
+    sharded_model,
+    whole_weights,
+)
+from torch.distributed.tensor import DTensor
+
+from sharded_adadiag.plan.schedule import Slots
+from sharded_adadiag.step.context import whose_turn
+from sharded_adadiag.testing.assertions import assert_equal
+from sharded_adadiag.testing.cases import Case, gradients
+from sharded_adadiag.testing.ranks import run_threads
+from sharded_adadiag.testing.reference import ReferenceOptimizer
+
+F32, F64 = torch.float32, torch.float64
+CASES = (
+    Case("a", (6, 8)),
+    Case("b", (8, 6)),
+    Case("c", (6, 6)),
+    Case("d", (6, 6)),
+    Case("e", (12, 5)),
+    Case("vector", (5,)),
+)
+# Slots of 0, 1 and 3 steps after that of slot 0.
+OPTIONS = {"lr": 1e-2, "refresh_every": 5, "refresh_slots": 3}
+STEPS = 14
+# No gradient: of `a` when its basis is due, of `d` at the beginning.
+MISSING = {"a": (6, 7), "d": (1, 2, 3)}
+ZERO = {"b": (1, 2, 9)}
+
+
+def start(options, layout=None, dtype=F64, method="AdaDiag"):
+    model, extra = Parameters(CASES, dtype), {}
+    if layout is not None:
+        model, extra = sharded_model(layout, CASES, dtype)
+    opt = CLASSES[method](groups(model, CASES), **{**OPTIONS, **options, **extra})
+    return model, opt
+
+
+def given(step, dtype=F64):
+    """The gradients of one step, counted from 1; None where there is none."""
+    return [
+        None
+        if step in MISSING.get(case.name, ())
+        else grad * (step not in ZERO.get(case.name, ()))
+        for case, grad in zip(CASES, gradients(CASES, step, dtype))
+    ]
+
+
+def advance(model, opt, steps, dtype=F64):
+    named = dict(model.named_parameters())
+    for step in steps:
+        for case, grad in zip(CASES, given(step, dtype)):
+            param = named[case.name]
+            param.grad = None if grad is None else local_gradient(param, grad)
+        opt.step()
+
+
+def alone(options, dtype=F64, method="AdaDiag"):
+    model, opt = start(options, None, dtype, method)
+    advance(model, opt, range(1, STEPS + 1), dtype)
+    return whole_weights(model, CASES)
+
+
+def on_ranks(rank, layout, options, dtype, method):
+    model, opt = start(options, layout, dtype, method)
+    advance(model, opt, range(1, STEPS + 1), dtype)
+    return whole_weights(model, CASES)
+
+
+def test_every_matrix_has_its_turn_once_in_a_period():
+    slots = Slots.of(3, [2, 0, 1, 2])
+    for every in (3, 7, 200):
+        due = [whose_turn(slots, step, every) for step in range(2 * every)]
+        first = {i: t for t, some in reversed([*enumerate(due)]) for i in some}
+        assert first == {1: 0, 2: every // 3, 0: 2 * every // 3, 3: 2 * every // 3}
+        assert due[:every] == due[every:]
+        assert sum(map(len, due)) == 8
+    assert whose_turn(Slots.one(4), 0, 5) == range(4)
+    assert not whose_turn(Slots.one(4), 3, 5)
+    assert not whose_turn(slots, 0, None)
+
+
+@pytest.mark.parametrize("on_refresh", ["carry", "reproject"])
+@pytest.mark.parametrize("method", CLASSES)
+def test_slots_give_the_steps_of_the_reference(method, on_refresh):
+    model, opt = start({"on_refresh": on_refresh}, method=method)
+    named = dict(model.named_parameters())
+    theirs = {case.name: named[case.name].detach().clone() for case in CASES}
+    options = {**OPTIONS, "on_refresh": on_refresh}
+    reference = ReferenceOptimizer(method.lower(), theirs.values(), **options)
+    slots = {name: reference.slots[p] for name, p in theirs.items()}
+    assert {slots[name] for name in "abcde"} == {0, 1, 2}
+    for step in range(1, STEPS + 1):
+        for case, grad in zip(CASES, given(step)):
+            named[case.name].grad = theirs[case.name].grad = grad
+        opt.step()
+        reference.step()
+        for case in CASES:
+            mine = named[case.name].detach()
+            torch.testing.assert_close(mine, theirs[case.name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layout,ranks,method,options",
+    [
+        ("fsdp2", 2, "AdaDiag", {}),
+        ("fsdp2", 3, "AdafacDiag", {"basis": "eigh"}),
+        ("hsdp", 4, "AdaDiag", {"on_refresh": "reproject"}),
+        ("tp", 2, "HfacDiag", {}),
+        ("ddp", 3, "AdaDiag", {"sides": "two", "nonfinite": "ignore"}),
+    ],
+)
+def test_every_layout_has_the_slots_of_one_process(layout, ranks, method, options):
+    for distribution, dtype in (("owner", F32), ("auto", F64), ("broadcast", F64)):
+        chosen = {**options, "distribution": distribution}
+        want = alone(chosen, dtype, method)
+        for got in run_threads(ranks, on_ranks, layout, chosen, dtype, method):
+            for case, a, b in zip(CASES, got, want):
+                if distribution == "owner":
+                    assert_equal(a, b, case.name)
+                elif "sides" not in options or len(set(case.shape)) == 1:
+                    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["one process", "rows of 2", "dimension 1"])
+def test_experts_and_blocks_of_rows_keep_to_slots_of_their_own(layout):
+    slots = {"refresh_slots": 3}
+    expected = by_matrix("AdaDiag", 8, **slots)
+    at_once = by_matrix("AdaDiag", 8)
+
+    def body(rank):
+        model, own = placed(layout)
+        opt = optimizer(model, "AdaDiag", distribution="owner", **own, **slots)
+        advance_stacks(model, opt, 0, 8)
+        return stack_weights(model)
+
+    ranks = 1 if layout == "one process" else 2
+    for found in run_threads(ranks, body):
+        for name, value in expected.items():
+            assert_equal(found[name], value, name)
+    assert not torch.equal(expected["experts"], at_once["experts"])
+
+
+def saved(rank, layout, options, stop):
+    model, opt = start(options, layout)
+    advance(model, opt, range(1, stop + 1))
+    state = opt.state_dict()
+    state["state"] = {
+        i: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in s.items()}
+        for i, s in state["state"].items()
+    }
+    return whole_weights(model, CASES), state
+
+
+def continued(rank, layout, options, weights, state, stop):
+    model, opt = start(options, layout)
+    with torch.no_grad():
+        for param, weight in zip(model.parameters(), weights):
+            param.copy_(local_gradient(param, weight))
+    opt.load_state_dict(copy.deepcopy(state))
+    advance(model, opt, range(stop + 1, STEPS + 1))
+    return whole_weights(model, CASES), opt.param_groups[0].get("refresh_slots")
+
+
+@pytest.mark.parametrize("stop", [1, 6, 8])
+def test_a_resumed_run_has_the_slots_that_were_saved_whatever_it_was_made_with(stop):
+    owner = {"distribution": "owner"}
+    want = alone(owner)
+    weights, state = run_threads(2, saved, "fsdp2", owner, stop)[0]
+    other = {**owner, "refresh_slots": 1}
+    for got, slots in run_threads(3, continued, "ddp", other, weights, state, stop):
+        assert slots == 3
+        for case, a, b in zip(CASES, got, want):
+            assert_equal(a, b, case.name)
+
+
+def test_a_number_taken_by_the_plan_is_kept_where_a_run_goes_on():
+    auto = {"refresh_slots": "auto", "distribution": "owner"}
+    model, opt = start(auto)
+    assert opt.param_groups[0]["refresh_slots"] == "auto"
+    advance(model, opt, range(1, 7))
+    taken = opt.param_groups[0]["refresh_slots"]
+    assert isinstance(taken, int) and taken > 1
+    assert opt.state_dict()["param_groups"][0]["refresh_slots"] == taken
+    weights, state = whole_weights(model, CASES), copy.deepcopy(opt.state_dict())
+    advance(model, opt, range(7, STEPS + 1))
+    want = whole_weights(model, CASES)
+    for got, slots in run_threads(3, continued, "fsdp2", auto, weights, state, 6):
+        assert slots == taken
+        for case, a, b in zip(CASES, got, want):
+            assert_equal(a, b, case.name)
+
+
+def test_a_new_period_moves_the_slots_with_it():
+    """As if the period had been that from the beginning, the count of steps too."""
+    model, opt = start({"refresh_every": 9})
+    named = dict(model.named_parameters())
+    theirs = {case.name: named[case.name].detach().clone() for case in CASES}
+    reference = ReferenceOptimizer("adadiag", theirs.values(), **OPTIONS)
+    for step in range(1, STEPS + 1):
+        for group in (*opt.param_groups, *reference.param_groups):
+            group["refresh_every"] = 9 if step < 5 else 4
+        for case, grad in zip(CASES, given(step)):
+            named[case.name].grad = theirs[case.name].grad = grad
+        opt.step()
+        reference.step()
+    for case in CASES:
+        mine = named[case.name].detach()
+        torch.testing.assert_close(mine, theirs[case.name], rtol=0, atol=1e-10)
