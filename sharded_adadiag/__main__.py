@@ -30,6 +30,7 @@ OPTIONS = (
     "side",
     "refresh_every",
     "refresh_slots",
+    "refresh_lag",
     "on_refresh",
     "basis",
     "max_rotated_dim",
@@ -146,6 +147,7 @@ def _add_optimizer(plan: argparse.ArgumentParser) -> None:
     add("--side", choices=("auto", "left", "right"), help="the one side")
     add("--refresh-every", type=_steps, metavar="STEPS", help="steps, or never")
     add("--refresh-slots", type=_slots, metavar="K", help="portions, or auto")
+    add("--refresh-lag", type=int, metavar="L", help="steps to compute a basis in")
     add("--on-refresh", choices=("carry", "reproject"), help="what moments do then")
     add("--basis", choices=("svd", "eigh"), help="how bases are computed")
     add("--max-rotated-dim", type=int, metavar="N", help="largest side rotated")

@@ -88,6 +88,11 @@ class Binding:
         self.flats = FlatStates(self.optimizer)
         self.has_flats = False
 
+    def finish(self) -> None:
+        """Put this rank's bases that are computed beside training into the states."""
+        if self._engine is not None:
+            self._engine.put_own_bases()
+
     def states(self) -> list[dict[str, Any]]:
         """The states of all parameters, as they are held; users may add other keys."""
         live = self.optimizer.state.items()
@@ -142,6 +147,7 @@ class Binding:
     def save_state(self) -> dict[Tensor, dict[str, Any]]:
         """The saved form of the state of every tensor in the groups; a collective."""
         engine = self.prepared()
+        engine.put_bases()
         if self.has_flats:
             return self.flats.save(engine)
         params = {
@@ -206,6 +212,7 @@ class Binding:
         """Load what was kept of parameters that are trained by now; a collective."""
         thawed = {p: self.kept.pop(p) for p in list(self.kept) if p in self._planned}
         if thawed:
+            engine.put_bases()
             _saved_state(engine).load(self._by_place(engine, thawed), partial=True)
             engine.mark_loaded()
 

@@ -50,8 +50,8 @@ class RotatedOptimizer(Optimizer):
             ``distribution``, ``buffer_bytes`` and ``process_group`` may be set per
             group. Groups may be edited between steps, alike on all ranks: parameters
             may leave, come back and move. What the plan was made from stays as it
-            was: ``rotate``, ``sides``, ``side``, ``refresh_slots``, ``momentum``,
-            ``state_dtype``, ``rotation_dtype`` and ``max_rotated_dim``.
+            was: ``rotate``, ``sides``, ``side``, ``refresh_slots``, ``refresh_lag``,
+            ``momentum``, ``state_dtype``, ``rotation_dtype`` and ``max_rotated_dim``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay rates of the first and the second moment.
         eps: Added to the bias-corrected square root of an unfactored second moment.
@@ -64,6 +64,8 @@ class RotatedOptimizer(Optimizer):
         refresh_slots: In how many portions, spread over these steps, the matrices get
             their new bases; 1: all in one step (the paper); ``"auto"``: as many as
             keep the longest step near the others.
+        refresh_lag: Steps during which a basis is computed beside training, before it
+            is in force; 0: none (the paper).
         on_refresh: ``"carry"`` the moments over (the paper), or ``"reproject"`` them.
         basis: ``"svd"`` (the paper) or ``"eigh"`` of the float64 Gram matrix.
         max_rotated_dim: A matrix whose rotated dimension is larger gets plain Adam.
@@ -111,6 +113,7 @@ class RotatedOptimizer(Optimizer):
         side: Literal["auto", "left", "right"] = "auto",
         refresh_every: int | None = 200,
         refresh_slots: int | Literal["auto"] = 1,
+        refresh_lag: int = 0,
         on_refresh: Literal["carry", "reproject"] = "carry",
         basis: Literal["svd", "eigh"] = "svd",
         max_rotated_dim: int = 8192,
@@ -312,6 +315,7 @@ class RotatedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled, and the copy makes a plan of its own.
+        self._binding.finish()
         binding = {
             "_distribution": self._binding.distribution,
             "_buffer_bytes": self._binding.buffer_bytes,

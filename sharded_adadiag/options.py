@@ -26,7 +26,7 @@ GROUP_OPTIONS = frozenset({"rotate", "batch_dims", "split_rows"})
 # Checkpoints that torch flattens cannot be read by whoever has a key more than they. So
 # groups have these, which are younger than the first checkpoints, only where they are
 # not the default.
-LATER_OPTIONS = frozenset({"refresh_slots"})
+LATER_OPTIONS = frozenset({"refresh_slots", "refresh_lag"})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 # What the exchanges of a step may take on each rank unless the user says otherwise.
 BUFFER_BYTES = 44 << 20
@@ -47,9 +47,10 @@ class Options:
     """What may be set per param group: all but ``distribution`` and the group.
 
     The plan is made from ``rotate``, ``sides``, ``side``, ``momentum``,
-    ``refresh_slots``, ``state_dtype``, ``rotation_dtype``, ``max_rotated_dim``,
-    ``batch_dims`` and ``split_rows``, which then stay as they are. All others may be
-    changed between steps. The last two are set per group only, where they are wanted.
+    ``refresh_slots``, ``refresh_lag``, ``state_dtype``, ``rotation_dtype``,
+    ``max_rotated_dim``, ``batch_dims`` and ``split_rows``, which then stay as they are.
+    All others may be changed between steps. The last two are set per group only, where
+    they are wanted.
 
     Attributes:
         lr: Learning rate, a number or a one-element tensor.
@@ -66,6 +67,9 @@ class Options:
         refresh_slots: In how many portions, spread over the period, the matrices get
             their new bases (`plan.schedule`); 1 is the paper: all in one step. With
             ``"auto"`` the plan takes a number, and the group has it from then on.
+        refresh_lag: Steps from a gradient to the one from which its basis is in force
+            (`step.pending`): meanwhile it is computed beside training. 0 is the paper:
+            the same step. A first basis is never late.
         on_refresh: ``"carry"`` keeps the moments as they are when the basis
             changes (the paper); ``"reproject"`` re-expresses them.
         basis: ``"svd"`` of the gradient (the paper), or ``"eigh"`` of its
@@ -100,6 +104,7 @@ class Options:
     side: Side = _planned("auto")
     refresh_every: int | None = _steering(200)
     refresh_slots: RefreshSlots = _planned(1)
+    refresh_lag: int = _planned(0)
     on_refresh: OnRefresh = _steering("carry")
     basis: Basis = _steering("svd")
     max_rotated_dim: int = _planned(8192)
@@ -123,6 +128,11 @@ class Options:
         if every is not None and slots != "auto" and slots > every:
             raise ValueError(
                 f"invalid refresh_slots: got {slots!r}, it must be at most "
+                f"refresh_every, which is {every!r}"
+            )
+        if every is not None and self.refresh_lag >= every:
+            raise ValueError(
+                f"invalid refresh_lag: got {self.refresh_lag!r}, it must be less than "
                 f"refresh_every, which is {every!r}"
             )
         if self.split_rows is not None:  # it is compared, and a key of caches
@@ -232,6 +242,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: is_positive_int(v) or (isinstance(v, str) and v == "auto"),
         'it must be an integer >= 1, or "auto"',
     ),
+    "refresh_lag": (_is_count, "it must be an integer >= 0"),
     "on_refresh": _one_of("carry", "reproject"),
     "basis": _one_of("svd", "eigh"),
     "max_rotated_dim": (is_positive_int, "it must be an integer >= 1"),

@@ -26,6 +26,7 @@ SLOW = {
     "test_first_basis",
     "test_hard_gradients",
     "test_kept_state",
+    "test_lag",
     "test_layouts",
     "test_loading",
     "test_model_wrappers",

@@ -16,6 +16,7 @@ BAD_OPTIONS = {
     "side": "up",
     "refresh_every": 0,
     "refresh_slots": "many",
+    "refresh_lag": -1,
     "on_refresh": "drop",
     "basis": "qr",
     "max_rotated_dim": 0,
@@ -50,6 +51,13 @@ def test_a_group_holds_a_younger_option_only_where_it_is_set():
     assert ["refresh_slots" in group for group in opt.param_groups] == [False, True]
     opt = AdaDiag(parameters(), refresh_slots=3)
     assert opt.param_groups[0]["refresh_slots"] == 3
+
+
+def test_a_basis_is_not_later_than_the_next_one():
+    AdaDiag(parameters(), refresh_every=4, refresh_lag=3)
+    AdaDiag(parameters(), refresh_every=None, refresh_lag=3)
+    with pytest.raises(ValueError, match="invalid refresh_lag: got 4, .* is 4"):
+        AdaDiag(parameters(), refresh_every=4, refresh_lag=4)
 
 
 @pytest.mark.parametrize("name", ["lr", "sides", "nonfinite"])

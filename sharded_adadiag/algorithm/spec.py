@@ -18,14 +18,15 @@ class StateSpec:
         kept: By whom and as what. ``"block"``: each rank of the team keeps the part
             that belongs to its block of the matrix, in the moments' dtype, zero at
             first. ``"copy"``: each keeps all of it, in the rotations' dtype, the
-            identity at first.
+            identity at first. ``"head"``: the head of the team alone keeps all of it,
+            in the rotations' dtype, zero at first.
         power: How it follows a change of basis R: each of its dimensions is multiplied
             by the entries of R to this power. 1 for what is linear in the gradient, 2
             for averages of squares, 0 for what does not follow.
     """
 
     dims: tuple[str, ...]
-    kept: Literal["block", "copy"] = "block"
+    kept: Literal["block", "copy", "head"] = "block"
     power: int = 0
 
     def shape(self, block: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
@@ -33,7 +34,7 @@ class StateSpec:
 
         Args:
             block: Rows and columns of the rank's block of the matrix.
-            whole: Those of the matrix; zeros on a rank that keeps no copy.
+            whole: Those of the matrix; zeros on a rank that does not keep all of it.
 
         Returns:
             A length for each of ``dims``.
@@ -52,5 +53,7 @@ class StateSpec:
             value.diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
 
+# Where a basis is that is in force only later; zeros stand for none.
+NEXT_ROTATIONS = "next_rotation_left", "next_rotation_right"
 ROTATION_LEFT = StateSpec(("m", "m"), "copy")
 ROTATION_RIGHT = StateSpec(("n", "n"), "copy")

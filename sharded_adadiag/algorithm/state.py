@@ -13,7 +13,12 @@ from torch import Tensor
 from sharded_adadiag.algorithm.adafactor import adafactor
 from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
-from sharded_adadiag.algorithm.spec import ROTATION_LEFT, ROTATION_RIGHT, StateSpec
+from sharded_adadiag.algorithm.spec import (
+    NEXT_ROTATIONS,
+    ROTATION_LEFT,
+    ROTATION_RIGHT,
+    StateSpec,
+)
 from sharded_adadiag.algorithm.sums import Sums, each
 from sharded_adadiag.options import Options
 
@@ -43,14 +48,15 @@ class Rule:
         """Everything that is kept of a rotated (or factored) matrix but its step count.
 
         Args:
-            options: Its ``momentum`` is used.
+            options: Its ``momentum`` and ``refresh_lag`` are used.
             left: P is applied.
             right: Q is applied.
 
         Returns:
             The table, by the key in the parameter's state.
         """
-        return _states(self, self._has_first(options), left, right)
+        late = options.refresh_lag > 0
+        return _states(self, self._has_first(options), late, left, right)
 
     def plain_states(self, options: Options) -> tuple[str, ...]:
         """What is kept of a parameter that is updated by Adam where it lies.
@@ -71,7 +77,7 @@ class Rule:
 
 @functools.cache
 def _states(
-    rule: Rule, first: bool, left: bool, right: bool
+    rule: Rule, first: bool, late: bool, left: bool, right: bool
 ) -> Mapping[str, StateSpec]:
     """One table for all matrices alike: a plan may have thousands."""
     states = {k: spec for k, spec in rule.moments.items() if first or k != "exp_avg"}
@@ -79,6 +85,9 @@ def _states(
         states["rotation_left"] = ROTATION_LEFT
     if right:
         states["rotation_right"] = ROTATION_RIGHT
+    for key, dim, wanted in zip(NEXT_ROTATIONS, "mn", (left, right)):
+        if late and wanted:
+            states[key] = StateSpec((dim, dim), "head")
     return states
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.checkpoint.logical import StateTensor, vector_layout
-from sharded_adadiag.plan.geometry import Layout, on_team
+from sharded_adadiag.plan.geometry import Layout, on_team, only_on
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.regions import Box
 from sharded_adadiag.plan.spec import ParamSpec
@@ -152,6 +152,8 @@ def _of_one(plan: MatrixPlan, key: str, world_size: int) -> StateTensor:
     cols = math.prod(rest)
     if spec.kept == "copy":
         layout = on_team(plan.route.team, length, cols, world_size)
+    elif spec.kept == "head":
+        layout = only_on(plan.route.owner, length, cols, world_size)
     else:
         layout = vector_layout(plan.route.moments.layout, of_rows=False)
     return StateTensor(

@@ -170,12 +170,14 @@ class SavedState:
     ) -> list[StateTensor]:
         """What can be kept of a parameter's loaded state; says what cannot."""
         tensors = list(self._tensors(i))
-        missing = sorted(t.key for t in tensors if t.key not in values)
+        specs = specs_of(self.matrices.get(i, ()))
+        # Without a basis on its way nothing is missing.
+        late = {key for key, spec in specs.items() if spec.kept == "head"}
+        missing = sorted(t.key for t in tensors if t.key not in {*values, *late})
         unknown = sorted(set(values) - {t.key for t in tensors} - {"step"})
         name = self.entries[i].spec.name
         if unknown:
             _warn(f"{name}: {', '.join(unknown)} of the loaded state was dropped")
-        specs = specs_of(self.matrices.get(i, ()))
         if any(key not in specs or specs[key].kept == "block" for key in missing):
             _warn(f"{name}: the loaded state has no {', '.join(missing)}; starts anew")
             return []

@@ -100,16 +100,20 @@ class MatrixPlan:
         """
         holds = self.route.holds_rotations(rank)
         many: tuple[int, ...] = ()
-        block = whole = self.shape
+        block = whole = copied = self.shape
         if self.share.kind == "stack":
             many = (self.share.count * holds,)
         else:
             region = self.route.moments.layout[rank]
             assert isinstance(region, Box)
-            block, whole = region.shape, self.shape if holds else (0, 0)
+            block, copied = region.shape, self.shape if holds else (0, 0)
+            whole = self.shape if rank == self.route.owner else (0, 0)
         dtypes = self.moment_dtype, self.rotation_dtype
         return {
-            key: ((*many, *spec.shape(block, whole)), spec.dtype(*dtypes))
+            key: (
+                (*many, *spec.shape(block, whole if spec.kept == "head" else copied)),
+                spec.dtype(*dtypes),
+            )
             for key, spec in self.states.items()
         }
 

@@ -209,7 +209,8 @@ class Plan:
         taking_part = (s for i, s in enumerate(self.specs) if i not in self.left_out)
         checked = any(spec.options.nonfinite != "ignore" for spec in taking_part)
         watched = len(self.watched)
-        if self.world_size == 1 or not (checked or watched):
+        late = any(spec.options.refresh_lag for spec in self.specs)
+        if self.world_size == 1 or not (checked or watched or late):
             return 0
         alike = Counter(self.layouts)
         copied = sum(count for layout, count in alike.items() if has_copies(layout))

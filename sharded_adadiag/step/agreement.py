@@ -17,7 +17,7 @@ from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.group_options import GroupOptions, Reading, differences
 from sharded_adadiag.step.replicas import check_presence, check_replicas
 
-_NONFINITE, _SPARSE, _UNREDUCED, _WIDER = 1, 2, 3, 4
+_NONFINITE, _SPARSE, _UNREDUCED, _WIDER, _BROKEN = 1, 2, 3, 4, 5
 _KINDS = 8
 # A problem is 8 x the parameter's position + its kind, and this much more if it ends
 # the step with an error: the greatest of all ranks is the one that is dealt with.
@@ -37,8 +37,9 @@ class Agreement:
     the ranks' param groups by a fingerprint.
 
     Once every group says ``nonfinite="ignore"`` there is none (unless some ranks work
-    on a matrix together, and the others must know when), and none of this is compared:
-    ranks must then edit their groups alike.
+    on a matrix together, and the others must know when, or bases are computed beside
+    training, which may fail), and none of this is compared: ranks must then edit their
+    groups alike.
 
     Args:
         name: The optimizer's, for messages.
@@ -54,6 +55,8 @@ class Agreement:
         skipped_steps: Steps skipped for a non-finite gradient.
         largest: The magnitude of this rank's gradients in this step, by position of
             the parameter, as far as it was looked at.
+        broken: What has failed of the bases that this rank computed beside training
+            and that are due in this step, by position of the parameter.
         watched: Matrices of which ranks outside their team take part in a refresh.
         lacking: Whether each of these has no basis yet, by key.
     """
@@ -71,6 +74,7 @@ class Agreement:
         self.entries = entries
         self.group_options = group_options
         self.bases = bases
+        self.broken: dict[int, BaseException] = {}
         self.watched: Sequence[MatrixPlan] = ()
         self.lacking: dict[tuple[int, int], bool] = {}
         self.started = False
@@ -101,7 +105,7 @@ class Agreement:
         entries = self.entries
         checked = any(e.member and e.group["nonfinite"] != "ignore" for e in entries)
         flags = len(entries) + sum(self.copied) + len(self.watched) + 5
-        made = self.comm.size > 1 and (checked or self.watched)
+        made = self.comm.size > 1 and (checked or self.watched or self._late())
         return 4 * flags if made else 0
 
     def reach(
@@ -125,10 +129,10 @@ class Agreement:
             Which parameters take part, the same on all ranks; None to do nothing.
 
         Raises:
-            RuntimeError: On every rank, if an earlier step failed on any, and for a
-                gradient on any that is sparse, not finite, of a wider dtype than
-                planned or not the rank's piece of the whole, or that is missing on
-                one of two ranks with the same piece.
+            RuntimeError: On every rank, if an earlier step, or a basis that is due,
+                failed on any, and for a gradient on any that is sparse, not finite, of
+                a wider dtype than planned or not the rank's piece of the whole, or
+                that is missing on one of two ranks with the same piece.
             ValueError: On every rank, for options that are invalid or fixed by the
                 plan, param groups that differ between ranks and, before the first
                 step and the first one after a load, different replicas.
@@ -147,7 +151,8 @@ class Agreement:
         checked = any(policy != "ignore" for policy in policies)
         flags = [*present, *self._missing(grads), *self._lacks()]
         flags += [failures.status, problem, state, now.fingerprint, -now.fingerprint]
-        asked = checked or self._checked or not self.started or self.watched
+        must = bool(self.watched) or self._late()
+        asked = checked or self._checked or not self.started or must
         if self.comm.size > 1 and asked:
             shared = torch.tensor(flags, dtype=torch.int32)
             shared = shared.to(self.comm.device(device_of(self.entries)))
@@ -172,6 +177,10 @@ class Agreement:
             return None
         self.started = True
         return [bool(p) for p in flags[: len(grads)]]
+
+    def _late(self) -> bool:
+        """Whether bases are computed beside training; that is planned."""
+        return any(entry.spec.options.refresh_lag for entry in self.entries)
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
         """Whether this rank lacks a gradient, for each parameter with copies."""
@@ -216,7 +225,8 @@ class Agreement:
     def _problem(self, grads: Sequence[Tensor | None], policies: Sequence[str]) -> int:
         """The worst problem of this rank's gradients; 0 if there is none."""
         there = [(i, g) for i, g in enumerate(grads) if g is not None]
-        unfit = [
+        unfit = [_FATAL + _KINDS * i + _BROKEN for i in self.broken]
+        unfit += [
             _FATAL + _KINDS * i + kind
             for i, g in there
             if (kind := self._misfit(i, g)) != 0
@@ -290,6 +300,12 @@ class Agreement:
                 "refused on every rank and nothing has changed; set the parameter's "
                 "grad_dtype before the first step"
             )
+        if kind == _BROKEN:
+            raise RuntimeError(
+                f"{name}: a new basis of it is due, which could not be computed on the "
+                "rank that does so beside training; the step was refused on every rank "
+                "and nothing has changed; restart from a checkpoint"
+            ) from self.broken.get(index)
         if not fatal:
             self.skipped_steps += 1
             return

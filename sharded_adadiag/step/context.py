@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,25 @@ from sharded_adadiag.plan.rounds import Part
 from sharded_adadiag.plan.schedule import Slots
 from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import Batch, RoundHere
+from sharded_adadiag.step.pending import PendingBases
 from sharded_adadiag.step.states import State, apart, states_of
+
+
+class Refresh(NamedTuple):
+    """What is to be done about the bases of a plan's matrices, by position.
+
+    Attributes:
+        now: Of these a basis is computed and in force at once.
+        begun: Of these one is begun, to be in force ``refresh_lag`` steps later.
+        arriving: Of these one that was begun is in force from this step on.
+    """
+
+    now: Sequence[int] = ()
+    begun: Sequence[int] = ()
+    arriving: Sequence[int] = ()
+
+
+NO_REFRESH = Refresh()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +59,7 @@ class Step:
             was looked at.
         present: Whether each parameter takes part: some rank has a gradient of it.
         bases: Which matrices have a basis, as far as this rank has one of its own.
+        pending: Bases that this rank computes beside training.
         lacking: Whether a matrix has no basis yet, by its key, where ranks outside
             its team must know.
         gradients: Gradients in the form in which they are used more than once, by
@@ -59,6 +78,7 @@ class Step:
     largest: Mapping[int, float]
     present: Sequence[bool]
     bases: KnownBases
+    pending: PendingBases
     lacking: Mapping[tuple[int, int], bool]
     gradients: dict[object, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -79,11 +99,11 @@ class Step:
         """How many steps a matrix has made, this one included (t of the paper)."""
         return int(self.held[matrix.index]["step"])
 
-    def refreshes(self, matrix: MatrixPlan) -> Sequence[int]:
-        """Of which matrices of a plan this step computes a new basis.
+    def refreshes(self, matrix: MatrixPlan) -> Refresh:
+        """Which bases of a plan's matrices this step begins to compute, and uses.
 
-        It does so on step 1, then every T steps in their slots (`plan.schedule`), and
-        on every step until a gradient that is not zero has made the first one.
+        It computes one on step 1, then every T steps in their slots (`plan.schedule`),
+        and on every step until a gradient that is not zero has made the first one.
 
         Args:
             matrix: One that this rank works on, or of which the ranks have agreed
@@ -93,32 +113,47 @@ class Step:
             Positions in the plan, the same on every rank that may be asked.
         """
         if not (matrix.left or matrix.right) or not self.present[matrix.index]:
-            return []
+            return NO_REFRESH
         since_first = self.count(matrix) - 1
         if since_first == 0:
-            return range(matrix.share.count)
-        every = self.options_of(matrix).refresh_every
-        due = whose_turn(matrix.cost.slots, since_first, every)
-        if len(due) == matrix.share.count:
-            return due
+            return Refresh(range(matrix.share.count))
+        options, slots = self.options_of(matrix), matrix.cost.slots
+        due = whose_turn(slots, since_first, options.refresh_every)
+        lag = options.refresh_lag
+        if not lag and len(due) == matrix.share.count:
+            return Refresh(due)
+        lacking = self._lacking(matrix)
+        if not lag:
+            return Refresh(sorted({*due, *lacking}) if lacking else due)
+        arriving: Sequence[int] = ()
+        if since_first > lag:
+            arriving = whose_turn(slots, since_first - lag, options.refresh_every)
+        return Refresh(
+            lacking,
+            [i for i in due if i not in lacking],
+            [i for i in arriving if i not in lacking],
+        )
+
+    def _lacking(self, matrix: MatrixPlan) -> Sequence[int]:
+        """Which matrices of a plan have no basis yet."""
         agreed = self.lacking.get(matrix.key)
         if agreed is not None:
             return [0] if agreed else []
         if matrix.key in self.bases.complete:
-            return due
-        return sorted({*due, *self.bases.lacking(matrix, self.held[matrix.index])})
+            return []
+        return self.bases.lacking(matrix, self.held[matrix.index])
 
-    def due(self, here: RoundHere) -> list[tuple[int, Sequence[int]]]:
+    def due(self, here: RoundHere) -> list[tuple[int, Refresh]]:
         """Which matrices of a round get a new basis from what is at hand.
 
         Args:
             here: The round.
 
         Returns:
-            Positions of parts, each with those of the matrices in its plan.
+            Positions of parts, each with what is due of the matrices in its plan.
         """
         found = ((i, self.refreshes(here.parts[i].matrix)) for i in here.owned)
-        return [(i, due) for i, due in found if due]
+        return [(i, due) for i, due in found if any(due)]
 
     def gradients_of(self, here: RoundHere) -> list[Tensor]:
         """The local gradient of each part's matrix, as `gradient` gives it."""

@@ -28,7 +28,6 @@ from sharded_adadiag.params.local import (
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.plan import Plan
 from sharded_adadiag.plan.report import Report, report_of
-from sharded_adadiag.plan.rounds import refresh_rounds
 from sharded_adadiag.plan.sums import sums_of
 from sharded_adadiag.step.agreement import Agreement
 from sharded_adadiag.step.allocation import allocate
@@ -36,9 +35,10 @@ from sharded_adadiag.step.bases import KnownBases
 from sharded_adadiag.step.batching import RoundHere, list_round
 from sharded_adadiag.step.context import Step
 from sharded_adadiag.step.group_options import GroupOptions
+from sharded_adadiag.step.pending import PendingBases
 from sharded_adadiag.step.pipeline import run_round
 from sharded_adadiag.step.plain import plain_update
-from sharded_adadiag.step.refresh import refresh_together
+from sharded_adadiag.step.refresh import refresh_jobs
 
 logger = logging.getLogger("sharded_adadiag")
 
@@ -68,6 +68,7 @@ class Engine:
         self.exchange = Exchange(comm)
         self.entries: list[LocalParam] = []
         self.bases = KnownBases()
+        self.pending = PendingBases(self.bases)
         self.failures = Failures(comm)
         self.group_options = GroupOptions(self.entries)
         self.agreement = Agreement(
@@ -132,9 +133,34 @@ class Engine:
 
     def mark_loaded(self) -> None:
         """Note that the states, and perhaps the weights, have been replaced."""
+        self.pending.forget()
         self.agreement.compared = 0
         self.failures = Failures(self.comm)
         self.mark_started()
+
+    def put_bases(self) -> None:
+        """Put bases that are computed beside training into the states; a collective.
+
+        Raises:
+            RuntimeError: On every rank, if one could not be computed on any.
+        """
+        if not any(entry.spec.options.refresh_lag for entry in self.entries):
+            return
+        error = ""
+        try:
+            self.put_own_bases()
+        except Exception as problem:
+            error = f"rank {self.comm.rank}: {problem}"
+        told = [text for text in self.comm.all_gather_object(error) if text]
+        if told:
+            raise RuntimeError(
+                f"a basis could not be computed beside training ({told[0]}), so that "
+                "the state is not saved; restart from an older checkpoint"
+            )
+
+    def put_own_bases(self) -> None:
+        """The same without the other ranks."""
+        self.pending.put_all(states(self.entries))
 
     def mark_started(self) -> None:
         """See from the step counts whether a real step has been made."""
@@ -163,6 +189,9 @@ class Engine:
         """
         now = self.group_options.read()
         self._list()
+        self.agreement.broken = {}
+        if self.pending.work:
+            self.agreement.broken = self.pending.broken(states(self.entries))
         grads = gradients(self.entries)
         present = self.agreement.reach(grads, now, new=new, failures=self.failures)
         if present is None:
@@ -180,13 +209,15 @@ class Engine:
             self.agreement.largest,
             present,
             self.bases,
+            self.pending,
             self.agreement.lacking,
         )
         for i in self.positions:
             if present[i]:
                 step.held[i]["step"] += 1
         if self.shared:
-            self._run(step, self._refreshes(step))
+            budget = self.plan.budget
+            self._run(step, refresh_jobs(step, self.shared, budget, self.failures))
         self._run(step, self._round_jobs(step))
         self.failures.receive(self.exchange.unread_statuses())
         if self.failures.status:
@@ -198,12 +229,6 @@ class Engine:
 
     def _run(self, step: Step, jobs: Iterator[Job]) -> None:
         drive(jobs, self.exchange, self.failures, device=step.device)
-
-    def _refreshes(self, step: Step) -> Iterator[Job]:
-        """New bases of what no rank works on whole, before anything is updated."""
-        due = [m for m in self.shared if step.refreshes(m)]
-        for group in refresh_rounds(due, self.plan.budget):
-            yield refresh_together(step, group, self.failures)
 
     def _round_jobs(self, step: Step) -> Iterator[Job]:
         for here in self.rounds:

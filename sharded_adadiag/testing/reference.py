@@ -29,6 +29,7 @@ class ReferenceOptions:
     refresh_every: int | None = 200  # T; None keeps the first basis for ever
     refresh_slots: int = 1  # K
     slot: int = 0  # of this matrix, as `ReferenceOptimizer` gives them
+    refresh_lag: int = 0  # L
     on_refresh: str = "carry"  # or "reproject"
     basis: str = "svd"  # or "eigh"
     max_rotated_dim: int = 8192
@@ -64,14 +65,21 @@ def reference_step(
     g = grad.reshape(weight.shape[0], -1)  # 1. G_t, a convolution's as [m, rest]
 
     # 2. The basis of the current gradient on steps 1, T+1, 2T+1, ..., or so much later
-    # as the slot says. Zeros tell nothing of a basis: the old one stays, and the first
-    # comes with the first non-zero G.
-    scheduled = _is_due(t - 1, o)
+    # as the slot says; in force from then on, or L steps later if it is not the first.
+    # Zeros tell nothing of a basis: the old one stays, and the first comes with the
+    # first non-zero G.
     p = state.get("rotation_left", torch.eye(g.shape[0]).to(g))
     q = state.get("rotation_right", torch.eye(g.shape[1]).to(g))
     has_basis = state.keys() & {"rotation_left", "rotation_right"}
-    if (scheduled or not has_basis) and g.any():
+    new = {}
+    if (_is_due(t - 1, o) or not has_basis) and g.any():
         new = _basis(g, *sides, o.basis)
+    if o.refresh_lag and has_basis:
+        coming = state.setdefault("coming", {})
+        if _is_due(t - 1, o):
+            coming[t + o.refresh_lag] = new
+        new = coming.pop(t, {})
+    if new:
         if o.on_refresh == "reproject":
             _reproject(state, new, p, q)
         state.update(new)

@@ -49,6 +49,7 @@ def portable_state_dict(engine: Any) -> dict[str, Any]:
         weights = logical.save(tensors, [[entry.param] for entry in ours.entries])
         model = dict(zip((t.name for t in tensors), weights))
         model |= _untrained(engine.module, model)
+        ours.put_bases()
         states = SavedState(ours.entries, ours.plan.matrices, ours.comm).save()
         groups = _groups(optimizer, ours)
     names = [entry.spec.name for entry in ours.entries]

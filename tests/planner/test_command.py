@@ -116,6 +116,7 @@ CHANGES = {
     "--max-rotated-dim 100": "matrices",
     "--basis eigh": "refresh_max",
     "--refresh-slots 8": "refresh_max",
+    "--refresh-lag 2": "state_bytes_max",
     "--refresh-slots auto": "refresh_slots",
     "--buffer-bytes 2000000": "rounds",
     "--param-dtype bfloat16": "state_bytes_max",
