@@ -4,6 +4,12 @@ Step 2 of Algorithms 1-3 of the paper: ``U, S, V^T = SVD(G)``, ``P = U`` and, fo
 two sides, ``Q = V``. ``eigh`` of the float64 Gram matrix gives the same spaces
 with more accurate small directions and never needs the other side.
 
+Only the short side of a rectangular matrix is decomposed: by the SVD of its
+triangular factor or by ``eigh`` of the smaller Gram matrix. The long side, where it is
+wanted, is what the gradient makes of the short one, completed by Householder's
+reflections. So the null space, of which nothing is known but that it is orthogonal to
+the rest, has one basis too.
+
 The sign of a singular pair is arbitrary. It is fixed here, so that no result
 depends on LAPACK or cuSOLVER: the entry of largest magnitude of each left vector
 is positive and its partner follows; a vector without a partner obeys the rule
@@ -12,6 +18,7 @@ itself.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,15 +62,16 @@ def compute_basis(grad: Tensor, *, left: bool, right: bool, method: str) -> Basi
         result says ``"kept"`` and the caller keeps what it has. So it does, without
         a word, if the gradient is zero: that tells nothing of a basis.
     """
-    if not bool(grad.any()):
-        return Basis(None, None)
     # LAPACK may return garbage for Inf without an error, so both the input and
     # the result are tested instead of relying on exceptions.
-    if bool(torch.isfinite(grad).all()):
+    largest = float(torch.linalg.vector_norm(grad, math.inf)) if grad.numel() else 0.0
+    if largest == 0.0:
+        return Basis(None, None)
+    if math.isfinite(largest):
+        grad = grad * _scale(largest, grad.dtype)
         for attempt in ("svd", "eigh") if method == "svd" else ("eigh",):
-            decompose = _svd_basis if attempt == "svd" else _eigh_basis
             try:
-                basis = decompose(grad, left, right)
+                basis = _decompose(grad, left, right, attempt)
             except LinAlgError:
                 continue
             if all(bool(torch.isfinite(q).all()) for q in basis if q is not None):
@@ -107,6 +115,17 @@ def gram_matrix(grad: Tensor, *, left: bool) -> Tensor:
     return grad @ grad.mT if left else grad.mT @ grad
 
 
+def _scale(largest: float, dtype: torch.dtype) -> float:
+    """Brings the largest entry near 1, so that norms neither overflow nor vanish.
+
+    Returns:
+        A power of two, which changes no digit.
+    """
+    limit = 126 if dtype == torch.float32 else 1022
+    exponent = math.frexp(largest)[1]
+    return math.ldexp(1.0, -max(-limit, min(limit, exponent)))
+
+
 def _signs(vectors: Tensor) -> Tensor:
     """+1 or -1 per column, that makes its entry of largest magnitude positive."""
     if vectors.numel() == 0:
@@ -115,38 +134,71 @@ def _signs(vectors: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
-def _svd_basis(
-    grad: Tensor, left: bool, right: bool
+def _decompose(
+    grad: Tensor, left: bool, right: bool, method: str
 ) -> tuple[Tensor | None, Tensor | None]:
+    """One attempt of `compute_basis`, whose arguments these are.
+
+    Returns:
+        P and Q with their signs, each None if it is not wanted.
+
+    Raises:
+        LinAlgError: The decomposition did not converge.
+    """
     rows, cols = grad.shape
     rank = min(rows, cols)
-    # The thin factors are square on the short side: the long side's null space
-    # is computed only where it is asked for.
-    full = (left and rows > cols) or (right and cols > rows)
-    u, _, vh = torch.linalg.svd(grad, full_matrices=full)
-    u_signs, v_signs = _signs(u), _signs(vh.mT)
-    v_signs[:rank] = u_signs[:rank]
+    wide = rows <= cols
+    tall = grad.mT if wide else grad
+    if method == "svd" and rows == cols:
+        p, _, vh = torch.linalg.svd(grad, full_matrices=False)
+        q = vh.mT
+    else:
+        short = _short_side(tall, method)
+        if right if wide else left:
+            long = _long_side(tall, short)
+        elif not wide and method == "svd":  # its partners alone tell its signs
+            long = tall @ short
+        else:
+            long = short
+        p, q = (short, long) if wide else (long, short)
+    alone = method == "eigh" and not left
+    p_signs, q_signs = _signs(q if alone else p), _signs(q)
+    q_signs[:rank] = p_signs[:rank]
     return (
-        (u * u_signs).contiguous() if left else None,
-        (vh.mT * v_signs).contiguous() if right else None,
+        (p * p_signs).contiguous() if left else None,
+        (q * q_signs).contiguous() if right else None,
     )
 
 
-def _eigh_basis(
-    grad: Tensor, left: bool, right: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    failed = LinAlgError("eigh did not give finite vectors")
-    p = q = None
-    if left:
-        p = basis_of_gram(gram_matrix(grad, left=True), grad.dtype)
-        if p is None:
-            raise failed
-    if right:
-        q = basis_of_gram(gram_matrix(grad, left=False), grad.dtype)
-        if q is None:
-            raise failed
-    if p is not None and q is not None:
-        rank = min(grad.shape)
-        pairs = torch.sum((p.mT @ grad)[:rank] * q.mT[:rank], dim=1)
-        q[:, :rank] *= torch.where(pairs < 0, -1.0, 1.0).to(q.dtype)
-    return p, q
+def _short_side(tall: Tensor, method: str) -> Tensor:
+    """The right singular vectors of ``[m, n]``, m >= n, largest value first.
+
+    Returns:
+        ``[n, n]`` with orthonormal columns; their signs are not settled.
+
+    Raises:
+        LinAlgError: ``eigh`` gave vectors that are not finite.
+    """
+    rows, cols = tall.shape
+    if method == "eigh":
+        vectors = basis_of_gram(gram_matrix(tall, left=False), tall.dtype)
+        if vectors is None:
+            raise LinAlgError("eigh did not give finite vectors")
+        return vectors
+    if 5 * rows >= 6 * cols:  # nearer to a square the QR costs more than it saves
+        tall = torch.linalg.qr(tall, mode="r")[1]
+    return torch.linalg.svd(tall, full_matrices=False)[2].mT
+
+
+def _long_side(tall: Tensor, short: Tensor) -> Tensor:
+    """The partners of the short side's vectors and a basis of the rest.
+
+    The columns of ``G V`` are orthogonal but for round-off, longest first, so that QR
+    takes each one as it is, less its round-off along the longer ones.
+
+    Returns:
+        ``[m, m]`` with orthonormal columns, the partners first.
+    """
+    vectors, r = torch.linalg.qr(tall @ short, mode="complete")
+    vectors[:, : short.shape[1]] *= torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return vectors

@@ -166,21 +166,27 @@ def _basis(g: Tensor, left: bool, right: bool, basis: str) -> dict[str, Tensor]:
     """P and Q: the singular vectors of G, or eigenvectors of its Gram matrices."""
     rank = min(g.shape)
     if basis == "svd":
-        # Equal singular values have many bases; which one comes out depends on this.
-        full = max(g.shape[0] * left, g.shape[1] * right) > rank
-        u, _, vh = torch.linalg.svd(g, full_matrices=full)
+        u, _, vh = torch.linalg.svd(g, full_matrices=False)
+        p, q = _completed(u), _completed(vh.mT)
         # Either sign of a pair (u, v) is a solution. The largest entry of u is made
         # positive and v follows; a v without a partner obeys the rule itself.
-        q_signs = torch.cat([_signs(u)[:rank], _signs(vh.mT)[rank:]])
-        p, q = u * _signs(u), vh.mT * q_signs
+        q_signs = torch.cat([_signs(p)[:rank], _signs(q)[rank:]])
+        p, q = p * _signs(p), q * q_signs
     else:
         grams = g.double() @ g.double().mT, g.double().mT @ g.double()
         p, q = (torch.linalg.eigh(gram).eigenvectors.flip(1) for gram in grams)
+        p, q = _completed(p[:, :rank]), _completed(q[:, :rank])
         p, q = (p * _signs(p)).to(g.dtype), (q * _signs(q)).to(g.dtype)
         if left and right:  # partners have a non-negative "singular value"
             q[:, :rank] *= torch.where((p.mT @ g @ q).diagonal() < 0, -1, 1)
     bases = {"rotation_left": p} if left else {}
     return bases | ({"rotation_right": q} if right else {})
+
+
+def _completed(vectors: Tensor) -> Tensor:
+    """To a square: of all bases of the rest, that of Householder's reflections."""
+    rest = torch.linalg.qr(vectors, mode="complete").Q[:, vectors.shape[1] :]
+    return torch.cat([vectors, rest], dim=1)
 
 
 def _signs(vectors: Tensor) -> Tensor:
