@@ -56,7 +56,19 @@ DEFAULT_LR = {
 }
 
 # torch.optim.AdamW knows nothing of a basis: these flags would be ignored with it.
-ROTATION_FLAGS = ("refresh_every", "distribution", "basis", "on_refresh")
+ROTATION_FLAGS = (
+    "refresh_every",
+    "refresh_slots",
+    "refresh_lag",
+    "distribution",
+    "basis",
+    "on_refresh",
+)
+
+
+def _slots(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
 
 # What may differ between a run and its continuation without changing the numbers.
 # The data is compared by the key of its tokens: the same files may have moved.
@@ -126,6 +138,12 @@ class Settings:
     weight_decay: float = _option(0.0, "decoupled weight decay", type=float)
     refresh_every: int | None = _option(
         None, "steps between two bases (default: the model's)", type=int
+    )
+    refresh_slots: int | str | None = _option(
+        None, "portions of the bases of a period, or auto", type=_slots
+    )
+    refresh_lag: int | None = _option(
+        None, "steps in which a basis is computed", type=int
     )
     distribution: str | None = _option(
         None, "who applies the rotations", choices=("auto", "owner", "broadcast")
