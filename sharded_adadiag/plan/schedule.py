@@ -76,8 +76,9 @@ class Slots:
 def slot_weight(rows: int, cols: int, *, left: bool, right: bool) -> int:
     """How long a matrix takes to decompose, as far as slots are concerned.
 
-    It depends on nothing that may change in a run or between versions, because slots
-    decide numbers.
+    In multiply-adds as in `plan.cost`, for an SVD of the short side and a QR of the
+    long one. It depends on nothing that may change in a run or between versions,
+    because slots decide numbers.
 
     Args:
         rows: Number of rows of the matrix.

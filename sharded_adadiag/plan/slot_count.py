@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sharded_adadiag.algorithm.state import Rule, rotated_sides
-from sharded_adadiag.plan.cost import refresh_cost, step_cost
+from sharded_adadiag.plan.cost import step_cost
 from sharded_adadiag.plan.schedule import give_slots, slot_weight
 from sharded_adadiag.plan.spec import ParamSpec
 from sharded_adadiag.plan.view import needs_matrix
@@ -26,9 +26,10 @@ LONGEST = 1.5
 
 
 class _Matrix(NamedTuple):
+    """Multiply-adds of a step, and of a basis by `slot_weight`."""
+
     step: int
     refresh: int
-    weight: int
 
 
 def with_slot_counts(
@@ -92,7 +93,7 @@ def slot_count(
 
 def _waits(matrices: Sequence[_Matrix], count: int, world_size: int) -> list[int]:
     """Multiply-adds of the rank that has most, by slot."""
-    slots = give_slots([(count, m.weight) for m in matrices], {})
+    slots = give_slots([(count, m.refresh) for m in matrices], {})
     ranks = [[0] * min(world_size, len(matrices)) for _ in range(count)]
     for i in sorted(range(len(matrices)), key=lambda i: -matrices[i].refresh):
         loads = ranks[slots[i]]
@@ -103,12 +104,11 @@ def _waits(matrices: Sequence[_Matrix], count: int, world_size: int) -> list[int
 def _matrices(spec: ParamSpec, rule: Rule) -> Iterator[_Matrix]:
     if not needs_matrix(rule, spec.shape, spec.options):
         return
-    cols, basis = spec.view.cols, spec.options.basis
+    cols = spec.view.cols
     for rows in spec.view.heights:
         left, right = rotated_sides((rows, cols), spec.options)
         sides = {"left": left, "right": right}
         yield _Matrix(
             step_cost(rows, cols, **sides),
-            refresh_cost(rows, cols, **sides, basis=basis),
             slot_weight(rows, cols, **sides),
         )
