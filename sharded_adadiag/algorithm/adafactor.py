@@ -13,11 +13,12 @@ With ``Gt = P^T G Q`` and the corrected decays ``h_i = b_i (1 - b_i^(t-1)) /
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sharded_adadiag.algorithm.sums import PartialSum, Sums
+from sharded_adadiag.algorithm.sums import PartialSum, Sums, sums_of_all
 from sharded_adadiag.options import Options
 
 # Added to the squared gradient inside the accumulators (Shazeer & Stern's eps1).
@@ -25,39 +26,43 @@ ACCUMULATOR_EPS = 1e-30
 
 
 def adafactor(
-    grad: Tensor,
-    state: dict[str, Tensor],
+    grads: Tensor,
+    states: Sequence[dict[str, Tensor]],
     options: Options,
     step: int,
     shape: tuple[int, int],
 ) -> Sums[Tensor]:
-    """Steps 4-6 for one matrix.
+    """Steps 4-6 for a batch of matrices.
 
     Args:
-        grad: Gt, ``[m, n]`` or a block of it.
-        state: ``exp_avg_sq_row`` ``[m]``, ``exp_avg_sq_col`` ``[n]`` and, with
-            momentum, ``exp_avg`` ``[m, n]``; modified in place.
+        grads: Gt of each, ``[k, m, n]`` or blocks of them; overwritten.
+        states: ``exp_avg_sq_row`` ``[m]``, ``exp_avg_sq_col`` ``[n]`` and, with
+            momentum, ``exp_avg`` ``[m, n]`` of each; modified in place.
         options: Its ``betas`` (b1, b2) and ``clip_threshold`` (d) are used.
         step: t, counted from 1.
-        shape: ``(m, n)`` of the full matrix.
+        shape: ``(m, n)`` of the full matrices.
 
     Yields:
-        Sums over the block's entries; the answers are those over the full matrix.
+        Sums over the blocks' entries; the answers are those over the full matrices.
 
     Returns:
-        U.
+        U of each, in the place of ``grads``.
     """
     h1, h2 = (corrected_decay(beta, step) for beta in options.betas)
-    momentum = grad
-    if "exp_avg" in state:
-        momentum = moving_average_(state["exp_avg"], grad, h1)
+    momentum: Sequence[Tensor] = grads.unbind()
+    if "exp_avg" in states[0]:
+        momentum = moving_averages_(states, "exp_avg", grads, h1)
 
-    row_sums, col_sums = yield squared_sums(grad)
-    r = moving_average_(state["exp_avg_sq_row"], row_sums, h2)
-    s = moving_average_(state["exp_avg_sq_col"], col_sums, h2)
+    row_sums, col_sums = yield squared_sums(grads)
+    r = torch.stack(moving_averages_(states, "exp_avg_sq_row", row_sums, h2))
+    s = torch.stack(moving_averages_(states, "exp_avg_sq_col", col_sums, h2))
     rsqrt_v = yield from inverse_sqrt_of_factors(r, s)
 
-    return (yield from clip(rsqrt_v.mul_(momentum), options.clip_threshold, shape))
+    for scale, first, update in zip(
+        rsqrt_v.unbind(), momentum, grads.unbind(), strict=True
+    ):
+        torch.mul(scale, first, out=update)
+    return (yield from clip(grads, options.clip_threshold, shape))
 
 
 def corrected_decay(beta: float, step: int) -> float:
@@ -73,53 +78,63 @@ def corrected_decay(beta: float, step: int) -> float:
     return beta * (1.0 - beta ** (step - 1)) / (1.0 - beta**step)
 
 
-def moving_average_(moment: Tensor, value: Tensor, decay: float) -> Tensor:
-    """``moment = decay * moment + (1 - decay) * value``, in place.
+def moving_averages_(
+    states: Sequence[dict[str, Tensor]], key: str, values: Tensor, decay: float
+) -> list[Tensor]:
+    """``moment = decay * moment + (1 - decay) * value`` for each matrix, in place.
 
     Args:
-        moment: The stored average, of any shape, in its own dtype; modified in place.
-        value: The new term, of that shape, in the dtype of the computation.
-        decay: Weight of the stored average, in [0, 1].
+        states: Where the averages are, of any shape, in their own dtype.
+        key: Which of them; modified in place.
+        values: The new terms, stacked, in the dtype of the computation.
+        decay: Weight of the stored averages, in [0, 1].
 
     Returns:
-        The new average in ``value``'s dtype, before it was rounded for storage.
+        The new averages in the dtype of ``values``, before they were rounded for
+        storage: the stored ones themselves where nothing is rounded.
     """
-    new = torch.add(moment.to(value.dtype) * decay, value, alpha=1.0 - decay)
-    moment.copy_(new)
+    new = [state[key].to(values.dtype) for state in states]
+    torch._foreach_mul_(new, decay)
+    torch._foreach_add_(new, values.unbind(), alpha=1.0 - decay)
+    for state, value in zip(states, new):
+        if state[key] is not value:
+            state[key].copy_(value)
     return new
 
 
-def squared_sums(grad: Tensor) -> list[PartialSum]:
+def squared_sums(grads: Tensor) -> list[PartialSum]:
     """Row and column sums of ``G^2 + eps``.
 
     Args:
-        grad: ``[m, n]`` or a block of it.
+        grads: ``[k, m, n]`` or blocks of them.
 
     Returns:
-        The sums ``[m]`` over columns, then ``[n]`` over rows.
+        The sums ``[k, m]`` over columns, then ``[k, n]`` over rows.
     """
-    square = grad.square().add_(ACCUMULATOR_EPS)
-    return [PartialSum(square.sum(1), "cols"), PartialSum(square.sum(0), "rows")]
+    squares = grads.square().add_(ACCUMULATOR_EPS)
+    return [PartialSum(squares.sum(2), "cols"), PartialSum(squares.sum(1), "rows")]
 
 
 def inverse_sqrt_of_factors(r: Tensor, s: Tensor) -> Sums[Tensor]:
     """``1 / sqrt(r s^T / (1^T r))``, the scale of step 5.
 
     Args:
-        r: Row statistics ``[m]``.
-        s: Column statistics ``[n]``.
+        r: Row statistics ``[k, m]``.
+        s: Column statistics ``[k, n]``.
 
     Yields:
-        The sum of ``r``.
+        The sums of ``r``.
 
     Returns:
-        ``[m, n]``.
+        ``[k, m, n]``.
     """
-    (total,) = yield [PartialSum(r.sum(), "rows")]
+    (totals,) = yield [PartialSum(sums_of_all(r), "rows")]
+    total = totals[:, None]
     # Normalised first: r and s alone may be too small for their product.
     rows = (r / total).rsqrt_()
     # Squares that overflow stop a matrix, as they do under Adam: x / inf is 0.
-    return torch.outer(rows.where(total.isfinite(), 0.0), s.rsqrt())
+    rows = rows.where(total.isfinite(), 0.0)
+    return rows[:, :, None] * s.rsqrt()[:, None, :]
 
 
 def clip(
@@ -128,18 +143,18 @@ def clip(
     """``U / max(1, RMS(U) / d)``, in place; unchanged if ``threshold`` is None.
 
     Args:
-        update: U, ``[m, n]`` or a block of it.
+        update: U of each matrix, ``[k, m, n]`` or blocks of them.
         threshold: d, the largest RMS that is left as it is.
-        shape: ``(m, n)`` of the full matrix.
+        shape: ``(m, n)`` of the full matrices.
 
     Yields:
-        The sum of squares.
+        The sums of squares.
 
     Returns:
-        The clipped update.
+        The clipped updates.
     """
     if threshold is None:
         return update
-    (total,) = yield [PartialSum(update.square().sum(), "all")]
+    (total,) = yield [PartialSum(sums_of_all(update.square()), "all")]
     rms = (total / math.prod(shape)).sqrt()
-    return update.div_((rms / threshold).clamp_(min=1.0))
+    return update.div_((rms / threshold).clamp_(min=1.0)[:, None, None])

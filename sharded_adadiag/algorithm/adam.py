@@ -15,74 +15,70 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from sharded_adadiag.algorithm.sums import Sums
 from sharded_adadiag.options import Options
 
 
 def adam(
-    grads: Sequence[Tensor],
+    grads: Tensor,
     states: Sequence[dict[str, Tensor]],
     options: Options,
-    steps: Sequence[int],
+    step: int,
     shape: tuple[int, int],
-) -> Sums[list[Tensor]]:
+) -> Sums[Tensor]:
     """Steps 4-6 for a batch of matrices, as a rule that never waits for a sum.
 
     Args:
-        grads: Gradients in the basis of the moments, ``[m, n]`` or a block of it.
+        grads: Gt of each, ``[k, m, n]`` or blocks of them; overwritten.
         states: ``exp_avg`` and ``exp_avg_sq`` ``[m, n]`` of each; modified in place.
         options: Its ``betas`` and ``eps`` are used.
-        steps: t of each, counted from 1.
+        step: t, counted from 1.
         shape: ``(m, n)`` of the full matrices.
 
     Yields:
         Nothing.
 
     Returns:
-        N_t of each.
+        N_t of each, in the place of ``grads``.
     """
     yield from ()
-    return adam_directions(grads, states, options, steps)
+    adam_(grads.unbind(), states, options, step)
+    return grads
 
 
-def adam_directions(
+def adam_(
     grads: Sequence[Tensor],
     states: Sequence[dict[str, Tensor]],
     options: Options,
-    steps: Sequence[int],
-) -> list[Tensor]:
-    """Steps 4-6 for tensors of any shapes.
+    step: int,
+) -> None:
+    """Steps 4-6 for tensors of any shapes; N_t of each is written over its gradient.
 
     Args:
         grads: Gradients of any shapes, in the basis of the moments.
         states: ``exp_avg`` and ``exp_avg_sq`` of each, modified in place. Without
             ``exp_avg`` the gradient itself stands for the first moment.
         options: Its ``betas`` and ``eps`` are used.
-        steps: t of each, counted from 1.
-
-    Returns:
-        N_t of each.
+        step: t, counted from 1.
     """
-    beta1, beta2 = options.betas
     exp_avgs = [_working(s.get("exp_avg"), g) for s, g in zip(states, grads)]
     exp_avg_sqs = [_working(s["exp_avg_sq"], g) for s, g in zip(states, grads)]
-    # A descent step of size minus one from zero ends at the direction.
-    directions = [torch.zeros_like(g) for g in grads]
-    adamw(
-        directions,
+    # A descent step of size minus one that forgets where it began ends at the
+    # direction. It begins at the gradient: if that is not finite, nor is the direction.
+    now = torch.full((), float(step), device=grads[0].device)
+    torch._fused_adamw_(
+        list(grads),
         list(grads),
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.tensor(t - 1.0, device=g.device) for t, g in zip(steps, grads)],
-        fused=True,
+        [now] * len(grads),
         amsgrad=False,
-        beta1=beta1 if "exp_avg" in states[0] else 0.0,
-        beta2=beta2,
+        beta1=options.betas[0] if "exp_avg" in states[0] else 0.0,
+        beta2=options.betas[1],
         lr=-1.0,
-        weight_decay=0.0,
+        weight_decay=-1.0,
         eps=options.eps,
         maximize=False,
     )
@@ -90,7 +86,6 @@ def adam_directions(
         for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if key in state and state[key] is not value:
                 state[key].copy_(value)
-    return directions
 
 
 def _working(moment: Tensor | None, grad: Tensor) -> Tensor:

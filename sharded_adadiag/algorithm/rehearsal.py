@@ -54,7 +54,7 @@ def rehearse(
         return [s.value for s in asked]
 
     with torch.device("meta"):
-        grad = torch.empty(block[0], dtype=block[1])
+        grad = torch.empty((1, *block[0]), dtype=block[1])
         kept = {key: torch.empty(size, dtype=dt) for key, (size, dt) in states.items()}
-        run(moment_rule(rule, [grad], [kept], options, [1], shape), note)
+        run(moment_rule(rule, grad, [kept], options, 1, shape), note)
     return waits

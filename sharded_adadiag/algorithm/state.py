@@ -19,7 +19,7 @@ from sharded_adadiag.algorithm.spec import (
     ROTATION_RIGHT,
     StateSpec,
 )
-from sharded_adadiag.algorithm.sums import Sums, each
+from sharded_adadiag.algorithm.sums import Sums
 from sharded_adadiag.options import Options
 
 
@@ -29,7 +29,8 @@ class Rule:
 
     Attributes:
         name: The class's name, used in error messages.
-        direction: Steps 4-6: from the rotated gradient to the direction.
+        direction: Steps 4-6 for a batch: from the rotated gradients, in whose place it
+            may write, to the directions.
         moments: What `direction` keeps, by the key in the parameter's state.
         factored: `direction` asks for sums over the whole matrix. So a parameter is
             seen as a matrix even if it is not rotated, and no line of it goes alone.
@@ -37,7 +38,7 @@ class Rule:
     """
 
     name: str
-    direction: Callable[..., Sums[list[Tensor]]]
+    direction: Callable[..., Sums[Tensor]]
     moments: Mapping[str, StateSpec]
     factored: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -106,14 +107,14 @@ ADADIAG = Rule(
 )
 ADAFACDIAG = Rule(
     "AdafacDiag",
-    each(adafactor),
+    adafactor,
     {"exp_avg": _FIRST, **_SQUARE_SUMS},
     factored=True,
     options={"momentum": True, "clip_threshold": 1.0},
 )
 HFACDIAG = Rule(
     "HfacDiag",
-    each(hfac),
+    hfac,
     {**_FIRST_MEANS, **_SQUARE_SUMS},
     factored=True,
     options={"clip_threshold": 1.0},

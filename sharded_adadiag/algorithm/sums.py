@@ -1,10 +1,10 @@
 """Sums that may span several pieces of a matrix.
 
-A moment rule is written for a full matrix. Where it needs a sum over rows,
-columns or all entries it *yields* the sum over what it holds and is sent the sum
-over the whole matrix: the same text then serves a full matrix (nothing to add)
-and a row or column block of one (the engine adds the blocks' sums, one collective
-for all matrices that wait).
+A moment rule is written for full matrices, a batch of one shape. Where it needs sums
+over rows, columns or all entries it *yields* the sums over what it holds and is sent
+those over the whole matrices: the same text then serves full matrices (nothing to add)
+and row or column blocks of them (the engine adds the blocks' sums, one collective for
+all matrices that wait).
 """
 
 from __future__ import annotations
@@ -12,35 +12,34 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
-
-from sharded_adadiag.options import Options
 
 T = TypeVar("T")
 
 
 class PartialSum(NamedTuple):
-    """A sum over the block of a matrix that this rank has.
+    """Sums over the blocks of matrices that this rank has.
 
     Attributes:
-        value: The sum, of any shape.
+        value: The sums, of any shape.
         over: What was summed over: ``"rows"``, ``"cols"`` or ``"all"`` entries.
-        matrix: Position of the matrix in its batch.
+        batch: Position of the batch among those that run together.
     """
 
     value: Tensor
     over: Literal["rows", "cols", "all"]
-    matrix: int = 0
+    batch: int = 0
 
 
 Sums = Generator[list[PartialSum], list[Tensor], T]
 
 
 def together(rules: Sequence[Sums[T]]) -> Sums[list[T]]:
-    """Advance several rules in step, one for each matrix.
+    """Advance several rules in step, one for each batch.
 
     Args:
-        rules: One running rule per matrix.
+        rules: One running rule per batch.
 
     Yields:
         What all of them wait for, tagged with the position of the rule.
@@ -55,7 +54,7 @@ def together(rules: Sequence[Sums[T]]) -> Sums[list[T]]:
         for i, answer in answers.items():
             try:
                 asked = next(rules[i]) if answer is None else rules[i].send(answer)
-                waiting[i] = [s._replace(matrix=i) for s in asked]
+                waiting[i] = [s._replace(batch=i) for s in asked]
             except StopIteration as stop:
                 results[i] = stop.value
         if not waiting:
@@ -65,29 +64,17 @@ def together(rules: Sequence[Sums[T]]) -> Sums[list[T]]:
     return results  # type: ignore[return-value]
 
 
-def each(rule: Callable[..., Sums[T]]) -> Callable[..., Sums[list[T]]]:
-    """Make a rule for one matrix a rule for a batch of matrices of one shape.
+def sums_of_all(matrices: Tensor) -> Tensor:
+    """The sum of all entries of each matrix.
 
     Args:
-        rule: Takes the gradient, state, options, step and shape of one matrix.
+        matrices: ``[k, m, n]``, or ``[k, m]`` for vectors.
 
     Returns:
-        The same for lists of gradients, states and steps.
+        ``[k]``, each with the bits that it has alone: with several threads torch
+        divides a lone sum among them, and those of several matrices not.
     """
-
-    def batch(
-        grads: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-        options: Options,
-        steps: Sequence[int],
-        shape: tuple[int, int],
-    ) -> Sums[list[T]]:
-        matrices = zip(grads, states, steps, strict=True)
-        return (
-            yield from together([rule(g, s, options, t, shape) for g, s, t in matrices])
-        )
-
-    return batch
+    return torch.stack([one.sum() for one in matrices.unbind()])
 
 
 def run(rule: Sums[T], totals: Callable[[list[PartialSum]], list[Tensor]]) -> T:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sharded_adadiag.algorithm.basis import Basis, compute_basis
 from sharded_adadiag.algorithm.rotation import (
+    Scratch,
     reproject_,
     rotate,
     rotate_back,
@@ -57,11 +58,11 @@ def update(
     *,
     method: Rule,
     options: Options,
-    steps: Sequence[int],
+    step: int,
     shape: tuple[int, int],
-    left: bool,
-    right: bool,
-) -> Sums[list[Tensor]]:
+    sides: tuple[bool, bool],
+    scratch: Scratch,
+) -> Sums[Tensor]:
     """Steps 3-6 and the rotation back for a batch of matrices of one shape.
 
     Args:
@@ -70,40 +71,41 @@ def update(
         states: Moments and rotations of each; the moments are modified in place.
         method: The optimizer.
         options: Its options.
-        steps: t of each, counted from 1.
+        step: t, counted from 1.
         shape: ``(m, n)`` of the full matrices.
-        left: P is applied here.
-        right: Q is applied here.
+        sides: Whether P, and whether Q, is applied here.
+        scratch: Memory for what is made on the way, and for the result.
 
     Yields:
         Sums over the blocks' entries; the answers are those over full matrices.
 
     Returns:
-        ``P N_t Q^T`` of each, or its block.
+        ``P N_t Q^T`` of each, or its block, ``[k, m, n]``.
     """
+    left, right = sides
     p = rotations(states, "rotation_left", grads[0]) if left else None
     q = rotations(states, "rotation_right", grads[0]) if right else None
-    rotated = rotate(grads, p, q)
-    directions = yield from moment_rule(method, rotated, states, options, steps, shape)
-    return rotate_back(directions, p, q)
+    rotated = rotate(grads, p, q, scratch)
+    directions = yield from moment_rule(method, rotated, states, options, step, shape)
+    return rotate_back(directions, p, q, scratch)
 
 
 def moment_rule(
     method: Rule,
-    rotated: Sequence[Tensor],
+    rotated: Tensor,
     states: Sequence[State],
     options: Options,
-    steps: Sequence[int],
+    step: int,
     shape: tuple[int, int],
-) -> Sums[list[Tensor]]:
+) -> Sums[Tensor]:
     """Steps 4-6, after entries below the noise floor were dropped.
 
     Args:
         method: The optimizer.
-        rotated: Gt of each matrix, or a block of it.
+        rotated: Gt of each matrix, ``[k, m, n]``, or blocks of them; overwritten.
         states: Moments of each; modified in place.
         options: The optimizer's options.
-        steps: t of each, counted from 1.
+        step: t, counted from 1.
         shape: ``(m, n)`` of the full matrices.
 
     Yields:
@@ -116,7 +118,7 @@ def moment_rule(
     if floor > 0.0 and not any(rotated_sides(shape, options)):
         floor = 0.0
     quiet = yield from suppress_noise(rotated, floor)
-    return (yield from method.direction(quiet, states, options, steps, shape))
+    return (yield from method.direction(quiet, states, options, step, shape))
 
 
 def install(

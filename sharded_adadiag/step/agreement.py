@@ -22,6 +22,8 @@ _KINDS = 8
 # A problem is 8 x the parameter's position + its kind, and this much more if it ends
 # the step with an error: the greatest of all ranks is the one that is dealt with.
 _FATAL = 1 << 30
+# A norm below this is that of finite entries, in any dtype, and none is much larger.
+_SURE = 1e18
 # After 0 and 1: whether any gradient is not zero.
 _NEW, _COMPLAINT = 2, 3
 
@@ -53,8 +55,8 @@ class Agreement:
         compared: Number of parameters whose replicas were found to be equal.
         unplanned: The last call found new parameters and did nothing else.
         skipped_steps: Steps skipped for a non-finite gradient.
-        largest: The magnitude of this rank's gradients in this step, by position of
-            the parameter, as far as it was looked at.
+        largest: At least the largest magnitude in this rank's gradients in this step,
+            by position of the parameter, as far as it was looked at.
         broken: What has failed of the bases that this rank computed beside training
             and that are due in this step, by position of the parameter.
         watched: Matrices of which ranks outside their team take part in a refresh.
@@ -257,24 +259,24 @@ class Agreement:
         return 0
 
     def _magnitudes(self, grads: Sequence[tuple[int, Tensor]]) -> dict[int, float]:
-        """The largest absolute value of each: one pass without a temporary.
+        """At least the largest absolute value of each: one pass, one read of the host.
 
         Args:
             grads: By position of the parameter.
 
         Returns:
-            By position; NaN for a gradient that has one.
+            By position: the Frobenius norm or, where that is so large that its squares
+            may have overflowed, what it bounds. NaN for a gradient that has one.
         """
-        ends: dict[torch.dtype, list[Tensor]] = {}
-        places: dict[torch.dtype, list[int]] = {}
-        for i, grad in grads:
-            ends.setdefault(grad.dtype, []).extend(torch.aminmax(grad))
-            places.setdefault(grad.dtype, []).append(i)
-        found: dict[int, float] = {}
-        for dtype, some in ends.items():
-            pairs = torch.stack(some).view(-1, 2).abs().amax(1).tolist()
-            found |= dict(zip(places[dtype], pairs))
-        return found
+        places = [i for i, _ in grads]
+        some = [grad for _, grad in grads]
+        if not some:
+            return {}
+        norms = [norm.float() for norm in torch._foreach_norm(some, 2)]
+        return {
+            i: norm if norm < _SURE else _largest(grad)
+            for i, grad, norm in zip(places, some, torch.stack(norms).tolist())
+        }
 
     def _refuse(self, problem: int) -> None:
         fatal, problem = divmod(problem, _FATAL)
@@ -314,3 +316,8 @@ class Agreement:
             "step was refused on every rank and nothing has changed; look for the "
             'cause, or pass nonfinite="skip" to skip such steps'
         )
+
+
+def _largest(grad: Tensor) -> float:
+    """The largest absolute value; NaN if there is one."""
+    return float(torch.stack(torch.aminmax(grad)).abs().max())

@@ -28,6 +28,7 @@ class Batch:
         first: The matrix of the first part; what the parts have alike is read of it.
         stages: The stages of that matrix's route.
         here: This rank has a block of each.
+        home: What this rank works on is what it stores: nothing moves.
     """
 
     parts: tuple[Part, ...]
@@ -35,6 +36,7 @@ class Batch:
     first: MatrixPlan
     stages: tuple[Stage, ...]
     here: bool
+    home: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ class RoundHere:
         parts: The parts that this rank stores or works on.
         regions: What of each part's matrix this rank stores.
         shapes: The shape of each such region.
-        hops: For each pair of stages the way there and the way back.
+        hops: For each pair of stages the way there and the way back; none if nothing
+            would move.
         batches: The parts, those alike together. Those of matrices whose blocks' sums
             are added up over ranks are equal on every rank.
         owned: Positions of parts of which this rank alone has the whole gradient.
@@ -106,14 +109,26 @@ def list_round(
         and part.matrix.route.owner == rank
         and part.matrix.rotated
     )
+    hops = _hops(own, dtypes) if _moves(own, rank) else ()
     return RoundHere(
         tuple(sorted({part.matrix.index for part in round_.parts})),
         own.parts,
         regions,
         tuple(region.shape for region in regions),
-        _hops(own, dtypes),
-        _batches(own, rank, device_type),
+        hops,
+        _batches(own, rank, device_type, len(hops)),
         owned,
+    )
+
+
+def _moves(own: Round, rank: int) -> bool:
+    """Whether a hop sends anything, changes a region or parts two rotations."""
+    if not all(there.is_local and back.is_local for there, back in own.moves):
+        return True
+    return any(
+        part.layouts[0][rank] != layout[rank] or not part.matrix.route.raw(k)
+        for part in own.parts
+        for k, layout in enumerate(part.layouts[1:])
     )
 
 
@@ -133,7 +148,7 @@ def _hops(own: Round, dtypes: list[torch.dtype]) -> tuple[tuple[Hop, Hop], ...]:
     return tuple(hops)
 
 
-def _batches(own: Round, rank: int, device_type: str) -> tuple[Batch, ...]:
+def _batches(own: Round, rank: int, device_type: str, hops: int) -> tuple[Batch, ...]:
     limit = BATCH_NUMEL.get(device_type, BATCH_NUMEL["cuda"])
     growing: dict[Any, list[int]] = {}
     size: dict[Any, int] = {}
@@ -153,12 +168,15 @@ def _batches(own: Round, rank: int, device_type: str) -> tuple[Batch, ...]:
         if size[kind] + numel > limit:
             full.append(growing.pop(kind))
             del size[kind]
-    return tuple(_batch(own, which, rank) for which in [*full, *growing.values()])
+    which_together = [*full, *growing.values()]
+    return tuple(_batch(own, which, rank, hops) for which in which_together)
 
 
-def _batch(own: Round, which: list[int], rank: int) -> Batch:
+def _batch(own: Round, which: list[int], rank: int, hops: int) -> Batch:
     parts = tuple(own.parts[i] for i in which)
     first = parts[0].matrix
     block = parts[0].layouts[-1][rank]
     here = rank in first.route.team and (parts[0].whole or block.numel > 0)
-    return Batch(parts, tuple(which), first, first.route.stages, here)
+    stages = first.route.stages
+    home = here and min(hops, len(stages) - 1) == 0
+    return Batch(parts, tuple(which), first, stages, here, home)

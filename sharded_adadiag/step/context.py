@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sharded_adadiag.algorithm.rotation import Scratch
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.options import Options
@@ -53,10 +54,12 @@ class Step:
         entries: Every parameter of the optimizer, by position.
         params: This rank's tensor of each parameter.
         held: The states of each parameter.
+        counts: How many steps each parameter has made, this one included.
+        scratch: Memory for one batch at a time.
         options: By identity of the param group.
         grads: This rank's gradient of each parameter, or None.
-        largest: Largest magnitude in this rank's gradients, by position, as far as it
-            was looked at.
+        largest: At least the largest magnitude in this rank's gradients, by position,
+            as far as it was looked at.
         present: Whether each parameter takes part: some rank has a gradient of it.
         bases: Which matrices have a basis, as far as this rank has one of its own.
         pending: Bases that this rank computes beside training.
@@ -73,6 +76,8 @@ class Step:
     entries: Sequence[LocalParam]
     params: Sequence[Tensor | None]
     held: Sequence[dict[str, Any]]
+    counts: Sequence[int]
+    scratch: Scratch
     options: Mapping[int, Options]
     grads: Sequence[Tensor | None]
     largest: Mapping[int, float]
@@ -97,7 +102,7 @@ class Step:
 
     def count(self, matrix: MatrixPlan) -> int:
         """How many steps a matrix has made, this one included (t of the paper)."""
-        return int(self.held[matrix.index]["step"])
+        return self.counts[matrix.index]
 
     def refreshes(self, matrix: MatrixPlan) -> Refresh:
         """Which bases of a plan's matrices this step begins to compute, and uses.
@@ -215,25 +220,28 @@ class Step:
 
         Returns:
             The same without parts that take no part in the step or are other ranks',
-            divided by param group. Where sums over several ranks' blocks are made,
-            every rank keeps the batch, with an empty block if need be.
+            divided by param group and count of steps. Where sums over several ranks'
+            blocks are made, every rank keeps the batch, with an empty block if need be.
         """
         found: list[Batch] = []
         for batch in batches:
-            alike: dict[int, list[int]] = {}
+            alike: dict[tuple[int, int], list[int]] = {}
             for i, part in enumerate(batch.parts):
                 m = part.matrix
                 if self.present[m.index] and (
                     batch.here or (part.whole and self.sums(m, batch.stages[-1].split))
                 ):
-                    alike.setdefault(id(self.entries[m.index].group), []).append(i)
+                    kind = id(self.entries[m.index].group), self.count(m)
+                    alike.setdefault(kind, []).append(i)
             for which in alike.values():
                 some = batch
                 if len(which) < len(batch.parts):
                     parts = tuple(batch.parts[i] for i in which)
                     places = tuple(batch.places[i] for i in which)
                     first = parts[0].matrix
-                    some = Batch(parts, places, first, batch.stages, batch.here)
+                    some = dataclasses.replace(
+                        batch, parts=parts, places=places, first=first
+                    )
                 found.append(some)
         return found
 
@@ -253,33 +261,29 @@ class Step:
 
     def inputs_of(
         self, batch: Batch, work: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[State], list[int]]:
-        """Gradient, state and count of steps of each matrix of a batch.
+    ) -> tuple[list[Tensor], list[State]]:
+        """Gradient and state of each matrix of a batch.
 
         Args:
             batch: One of which this rank has the blocks.
             work: By position in the round, what there is of each part.
 
         Returns:
-            Three lists; a part that is a stack gives several matrices.
+            Two lists; a part that is a stack gives several matrices.
         """
         grads: list[Tensor] = []
         states: list[State] = []
-        counts: list[int] = []
         for part, place in zip(batch.parts, batch.places):
             m = part.matrix
             grad = work[place].to(m.work_dtype)
-            count = self.count(m)
             if m.share.kind == "all":
                 grads.append(grad)
                 state = {k: v for k, v in self.held[m.index].items() if k != "step"}
                 states.append(state if part.whole else self._cut(part, state))
-                counts.append(count)
             else:
                 grads += apart(m, grad)
                 states += self.states(m)
-                counts += [count] * m.share.count
-        return grads, states, counts
+        return grads, states
 
     def _cut(self, part: Part, state: State) -> State:
         """The rotations of a part's matrix, and what of its moments the part is."""
@@ -291,21 +295,20 @@ class Step:
                 state[key] = cut_moment(state[key], spec.dims, here, held)
         return state
 
-    def apply_all(self, here: RoundHere, work: Sequence[Any]) -> None:
-        """Step 7 for all parts of a round.
+    def apply_part(self, here: RoundHere, i: int, update: Any) -> None:
+        """Step 7 for a part of a round.
 
         Args:
             here: The round.
-            work: Each part's update, whole or as pairs of region and entries.
+            i: Position of the part.
+            update: Its update, whole or as pairs of region and entries.
         """
-        for part, stored, pieces in zip(here.parts, here.regions, work):
-            if not self.present[part.matrix.index]:
-                continue
-            if isinstance(pieces, Tensor):
-                self.apply(part.matrix, stored, pieces, stored)
-            else:
-                for region, piece in pieces:
-                    self.apply(part.matrix, stored, piece, region)
+        matrix, stored = here.parts[i].matrix, here.regions[i]
+        if not self.present[matrix.index]:
+            return
+        pieces = [(stored, update)] if isinstance(update, Tensor) else update
+        for region, piece in pieces:
+            self.apply(matrix, stored, piece, region)
 
     def apply(
         self, matrix: MatrixPlan, stored: Region, update: Tensor, place: Region

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
+from sharded_adadiag.algorithm.rotation import Scratch
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.comm.collectives import Communicator
 from sharded_adadiag.comm.exchange import Exchange
@@ -66,6 +68,7 @@ class Engine:
     ) -> None:
         self.comm = comm
         self.exchange = Exchange(comm)
+        self.scratch = Scratch()
         self.entries: list[LocalParam] = []
         self.bases = KnownBases()
         self.pending = PendingBases(self.bases)
@@ -196,6 +199,7 @@ class Engine:
         present = self.agreement.reach(grads, now, new=new, failures=self.failures)
         if present is None:
             return not self.agreement.unplanned
+        held = states(self.entries)
         step = Step(
             self.plan.rule,
             self.comm.rank,
@@ -203,7 +207,9 @@ class Engine:
             self._device,
             self.entries,
             tensors(self.entries),
-            states(self.entries),
+            held,
+            self._counted(held, present),
+            self.scratch,
             now.options,
             grads,
             self.agreement.largest,
@@ -212,9 +218,6 @@ class Engine:
             self.pending,
             self.agreement.lacking,
         )
-        for i in self.positions:
-            if present[i]:
-                step.held[i]["step"] += 1
         if self.shared:
             budget = self.plan.budget
             self._run(step, refresh_jobs(step, self.shared, budget, self.failures))
@@ -226,6 +229,19 @@ class Engine:
         if plain:
             plain_update(self.plan.rule, plain, now.options)
         return True
+
+    def _counted(
+        self, held: Sequence[dict[str, Any]], present: Sequence[bool]
+    ) -> list[int]:
+        """How many steps each matrix has made with this one, which is counted now."""
+        counts = [0] * len(held)
+        stepped = [i for i in self.positions if present[i]]
+        if stepped:
+            steps = [held[i]["step"] for i in stepped]
+            torch._foreach_add_(steps, 1)
+            for i, count in zip(stepped, torch.stack(steps).tolist()):
+                counts[i] = int(count)
+        return counts
 
     def _run(self, step: Step, jobs: Iterator[Job]) -> None:
         drive(jobs, self.exchange, self.failures, device=step.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_adadiag.algorithm.rotation import rotate, rotate_back
+from sharded_adadiag.algorithm.rotation import Scratch, rotate, rotate_back
 from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
 from sharded_adadiag.algorithm.update import rotations, update
 from sharded_adadiag.comm.jobs import Failures, Job, Sum, Transfer
@@ -26,7 +26,8 @@ from sharded_adadiag.step.context import Step
 from sharded_adadiag.step.refresh import refresh_here
 from sharded_adadiag.step.states import as_one
 
-# What a part has at the moment: a piece, or what came of it region by region.
+# What a part has at the moment: a piece, what came of it region by region, or None
+# once the weight has been updated.
 Work = list[Any]
 
 
@@ -50,12 +51,13 @@ def run_round(step: Step, here: RoundHere, failures: Failures) -> Job:
     for i, due in step.due(here):
         refresh_here(step, here.parts[i].matrix, due, work[i], failures)
     moved = [now is not then for now, then in zip(work, given)]
-    yield from _update(step, batches, work, moved, failures)
+    yield from _update(step, here, batches, work, moved, failures)
     for k, (_, back) in reversed(list(enumerate(here.hops))):
         yield from _hop(back, work)
         _rotate(step, batches, k, work, failures, back=True)
-    if not failures.status:
-        step.apply_all(here, work)
+    for i, one in enumerate(work):
+        if one is not None and not failures.status:
+            step.apply_part(here, i, one)
 
 
 def _hop(hop: Hop, work: Work) -> Job:
@@ -91,26 +93,35 @@ def _rotate(
                     ("rotation_right", stages[k].right),
                 )
             )
-            for i, result in zip(batch.places, turn(grads, left, right)):
+            for i, result in zip(batch.places, turn(grads, left, right, Scratch())):
                 work[i] = result
 
 
 def _update(
     step: Step,
+    here: RoundHere,
     batches: Sequence[Batch],
     work: Work,
     moved: Sequence[bool],
     failures: Failures,
 ) -> Job:
     """Rotate, update the moments and rotate back, in the last stage of each part."""
-    waiting: list[tuple[Batch, Sums[list[Tensor]]]] = []
+    waiting: list[tuple[Batch, Sums[Tensor]]] = []
     for batch in batches:
         with failures.carried(batch.first.index):
-            rule = _begun(step, batch, work)
             if step.sums(batch.first, batch.stages[-1].split):
-                waiting.append((batch, rule))
-            else:
-                _keep(batch, _on_whole_matrices(rule), work, moved)
+                waiting.append((batch, _begun(step, batch, work, Scratch())))
+                continue
+            # What goes at once into the weights, or where the gradients came, needs
+            # memory for one batch at a time.
+            brief = batch.home or all(moved[i] for i in batch.places)
+            scratch = step.scratch if brief else Scratch()
+            updates = _on_whole_matrices(_begun(step, batch, work, scratch))
+            _keep(batch, updates, work, moved)
+            if batch.home and not failures.status:
+                for i in batch.places:
+                    step.apply_part(here, i, work[i])
+                    work[i] = None
     if waiting:
         splits = [batch.stages[-1].split for batch, _ in waiting]
         rules = together([rule for _, rule in waiting])
@@ -119,33 +130,30 @@ def _update(
             _keep(batch, some, work, moved)
 
 
-def _begun(step: Step, batch: Batch, work: Work) -> Sums[list[Tensor]]:
+def _begun(step: Step, batch: Batch, work: Work, scratch: Scratch) -> Sums[Tensor]:
     """The rule of a batch, about to run."""
     m, stage = batch.first, batch.stages[-1]
     if batch.here:
-        grads, states, counts = step.inputs_of(batch, work)
+        grads, states = step.inputs_of(batch, work)
     else:
         grads, states = _nothing_of(m, stage.split, len(batch.parts), step.device)
-        counts = [step.count(part.matrix) for part in batch.parts]
     return update(
         grads,
         states,
         method=step.rule,
         options=step.options_of(m),
-        steps=counts,
+        step=step.count(m),
         shape=m.shape,
-        left=batch.here and stage.left,
-        right=batch.here and stage.right,
+        sides=(stage.left, stage.right) if batch.here else (False, False),
+        scratch=scratch,
     )
 
 
-def _keep(
-    batch: Batch, results: Sequence[Tensor], work: Work, moved: Sequence[bool]
-) -> None:
+def _keep(batch: Batch, updates: Tensor, work: Work, moved: Sequence[bool]) -> None:
     """Put the updates of a batch in the place of its gradients."""
     if not batch.here:
         return
-    each = iter(results)
+    each = iter(updates.unbind())
     for part, i in zip(batch.parts, batch.places):
         m = part.matrix
         if m.share.kind == "stack":
@@ -189,7 +197,7 @@ def _nothing_of(
     return grads, states
 
 
-def _on_whole_matrices(rule: Sums[list[Tensor]]) -> list[Tensor]:
+def _on_whole_matrices(rule: Sums[Tensor]) -> Tensor:
     """Run a rule for which every partial sum is the sum."""
     try:
         asked = next(rule)
@@ -200,8 +208,8 @@ def _on_whole_matrices(rule: Sums[list[Tensor]]) -> list[Tensor]:
 
 
 def _summed(
-    rules: Sums[list[list[Tensor]]], splits: Sequence[str]
-) -> Generator[Sum, list[Tensor], list[list[Tensor]]]:
+    rules: Sums[list[Tensor]], splits: Sequence[str]
+) -> Generator[Sum, list[Tensor], list[Tensor]]:
     """Run rules whose blocks' sums are added up over the ranks."""
     try:
         asked = next(rules)
@@ -220,5 +228,5 @@ def _summed(
 def _crossing(asked: Sequence[PartialSum], splits: Sequence[str]) -> list[int]:
     """Positions of the sums that go over several ranks' blocks."""
     return [
-        i for i, sum_ in enumerate(asked) if sum_.over in ("all", splits[sum_.matrix])
+        i for i, sum_ in enumerate(asked) if sum_.over in ("all", splits[sum_.batch])
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from sharded_adadiag.algorithm.adam import adam_directions
+from sharded_adadiag.algorithm.adam import adam_
 from sharded_adadiag.algorithm.state import Rule
 from sharded_adadiag.options import Options
 from sharded_adadiag.params.local import LocalParam, local
@@ -140,9 +140,8 @@ def _by_direction(
     """Moments in a dtype of their own, or no first moment."""
     lr = float(options.lr)
     work = torch.promote_types(tensors[0]["grad"].dtype, torch.float32)
-    directions = adam_directions(
-        [t["grad"].to(work) for t in tensors], tensors, options, [step] * len(tensors)
-    )
+    directions = [t["grad"].to(work, copy=True) for t in tensors]
+    adam_(directions, tensors, options, step)
     for t, direction in zip(tensors, directions):
         if options.weight_decay:
             t["param"].mul_(1.0 - lr * options.weight_decay)
