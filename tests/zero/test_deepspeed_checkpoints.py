@@ -85,6 +85,10 @@ def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(tmp_path):
         Cell("3 sub-groups", 3, zero={"sub_group_size": 100}),
         Cell("3 HfacDiag", 3, method="HfacDiag"),
         Cell("3 bf16 state", 3, options={"state_dtype": "bfloat16"}),
+        # The basis of the step before is on its way.
+        Cell("1 lag", 1, options={"refresh_lag": 2}),
+        Cell("2 bf16 lag", 2, BF16, options={"refresh_lag": 1, "refresh_slots": 2}),
+        Cell("3 lag", 3, options={"refresh_lag": 1}),
     ]
     for results in run_processes(2, rigid, 2, table, str(tmp_path), timeout_s=240.0):
         for cell in table:
