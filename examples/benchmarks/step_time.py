@@ -4,8 +4,9 @@
 
 Every round draws fresh gradients and lets each optimizer take one step with them in
 turn, so that noise of the machine hits all alike. Only the hidden-layer matrices are
-stepped: they are what the optimizers treat differently. The longest step is one that
-refreshes the basis, as long as a timed round has a refresh in it.
+stepped: they are what the optimizers treat differently. The median is that of ordinary
+steps, which refresh no basis in any of them; the longest step is one that does. Peers
+whose package is missing are named below the table (see peers.py).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_optimizer import SOAP, Conda
+from peers import LR, PEERS
 from torch import Tensor
 from torch.optim.adamw import adamw
+from tqdm import tqdm
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
 
@@ -35,7 +37,6 @@ SHAPES = {
     "60m": ("60M LLaMA, 56 matrices", LLAMA_60M),
     "gpt": ("small GPT, 16 matrices", SMALL_GPT),
 }
-LR = 1e-4
 FLOORS = {"floor, one-sided": False, "floor, two-sided": True}
 OURS = {
     "AdaDiag": functools.partial(AdaDiag, sides="one", basis="svd"),
@@ -49,25 +50,14 @@ OURS = {
     "AdaDiag++, eigh": functools.partial(AdaDiag, sides="two", basis="eigh"),
     "AdaDiag, sides none": functools.partial(AdaDiag, sides="none"),
 }
-THEIRS = {
-    "torch AdamW, foreach": lambda params, every: torch.optim.AdamW(
-        params, lr=LR, weight_decay=0.0, foreach=True
-    ),
-    "torch AdamW, fused": lambda params, every: torch.optim.AdamW(
-        params, lr=LR, weight_decay=0.0, fused=True
-    ),
-    "torch Muon": lambda params, every: torch.optim.Muon(
-        params, lr=LR, weight_decay=0.0
-    ),
-    "pytorch_optimizer Conda": lambda params, every: Conda(
-        params, lr=LR, update_proj_gap=every
-    ),
-    "pytorch_optimizer SOAP": lambda params, every: SOAP(
-        params, lr=LR, weight_decay=0.0, precondition_frequency=every
-    ),
-}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-BASELINE = "torch AdamW, foreach"
+BASELINE = "torch AdamW, fused"
+FLOOR_OF = {
+    "AdaDiag": "floor, one-sided",
+    "AdaDiag, eigh": "floor, one-sided",
+    "AdaDiag++": "floor, two-sided",
+    "AdaDiag++, eigh": "floor, two-sided",
+}
 
 
 class Matrices:
@@ -218,13 +208,30 @@ class Entry:
     optimizer: Any
     params: list[Tensor]
     times_ms: list[float] = dataclasses.field(default_factory=list)
+    ordinary: list[bool] = dataclasses.field(default_factory=list)
+
+    def give(self, grads: Matrices) -> None:
+        """Gradients of its own: some optimizers change or drop what they are given."""
+        if isinstance(self.optimizer, Floor):
+            return
+        for param, grad in zip(self.params, grads.views(), strict=True):
+            if param.grad is None:
+                param.grad = torch.empty_like(grad)
+            param.grad.copy_(grad)
+
+    @property
+    def median(self) -> float:
+        """Milliseconds of an ordinary step."""
+        return statistics.median(
+            t for t, ordinary in zip(self.times_ms, self.ordinary) if ordinary
+        )
 
 
 def contestants(
     names: list[str], weights: Matrices, grads: Matrices, every: int
-) -> list[Entry]:
-    """Each optimizer on its own copy of the weights, all on the same gradients."""
-    entries = []
+) -> tuple[list[Entry], list[str]]:
+    """Each optimizer on its own copy of the weights, and those not installed."""
+    entries, missing = [], []
     for name in names:
         own = Matrices([], weights.stacks[0].device)
         own.stacks = [stack.clone() for stack in weights.stacks]
@@ -233,14 +240,22 @@ def contestants(
             entries.append(Entry(name, floor, own.views()))
             continue
         params = [torch.nn.Parameter(view) for view in own.views()]
-        for param, grad in zip(params, grads.views(), strict=True):
-            param.grad = grad
-        if name in OURS:
-            optimizer = OURS[name](params, lr=LR, refresh_every=every)
-        else:
-            optimizer = THEIRS[name](params, every)
+        try:
+            if name in OURS:
+                group = {"params": params, "rotate": True}
+                optimizer = OURS[name]([group], lr=LR, refresh_every=every)
+            else:
+                optimizer = PEERS[name](params, every)
+        except ImportError:
+            missing.append(name)
+            continue
         entries.append(Entry(name, optimizer, params))
-    return entries
+    return entries, missing
+
+
+def is_ordinary(step: int, every: int) -> bool:
+    """Whether no optimizer refreshes a basis: ours after step 1, others around it."""
+    return step % every not in {every - 1, 0, 1}
 
 
 def timed(
@@ -258,53 +273,53 @@ def timed(
 
 def run(
     shapes: list[tuple[int, int]], names: list[str], args: argparse.Namespace
-) -> list[Entry]:
+) -> tuple[list[Entry], list[str]]:
     device = torch.device(args.device)
     generator = torch.Generator(device).manual_seed(args.seed)
     weights, fresh, grads = (Matrices(shapes, device) for _ in range(3))
     weights.normal_(generator, 0.02)
-    entries = contestants(names, weights, grads, args.refresh_every)
-    for round_ in range(args.warmup + args.rounds):
+    entries, missing = contestants(names, weights, grads, args.refresh_every)
+    for step in tqdm(range(1, args.warmup + args.rounds + 1), unit="round"):
         fresh.normal_(generator, 1.0)
         for entry in entries:
             # Every optimizer meets the same values, as warm in the cache for all.
             grads.copy_(fresh)
+            entry.give(fresh)
             elapsed = timed(entry.optimizer.step, device, CLOCKS[args.clock])
-            entry.times_ms.append(elapsed)
-        if args.verbose:
-            print(f"round {round_ + 1} of {args.warmup + args.rounds}", flush=True)
+            if step > args.warmup:
+                entry.times_ms.append(elapsed)
+                entry.ordinary.append(is_ordinary(step, args.refresh_every))
     for entry in entries:
-        entry.times_ms = entry.times_ms[args.warmup :]
         if not all(torch.isfinite(param).all() for param in entry.params):
             raise RuntimeError(f"{entry.name}: weights are no longer finite")
-    return entries
+    return entries, missing
 
 
-def table(title: str, entries: list[Entry]) -> str:
+def table(title: str, entries: list[Entry], missing: list[str]) -> str:
     weight_bytes = sum(param.nbytes for param in entries[0].params)
-    baseline = next((e for e in entries if e.name == BASELINE), None)
+    by_name = {entry.name: entry for entry in entries}
     lines = [
         f"### {title}, {weight_bytes / 4e6:.1f} M elements",
         "",
-        "| optimizer | median ms | x AdamW | longest ms | state MB | state / weights |",
+        "| optimizer | step, ms | x AdamW | x AdaDiag | longest | state / weights |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for entry in entries:
-        median = statistics.median(entry.times_ms)
-        ratio = "-"
-        if baseline is not None:
-            ratio = f"{median / statistics.median(baseline.times_ms):.1f}"
-        bytes_ = state_bytes(entry.optimizer)
+        ratios = [
+            f"{entry.median / by_name[other].median:.2f}" if other in by_name else "-"
+            for other in (BASELINE, "AdaDiag")
+        ]
         lines.append(
-            f"| {entry.name} | {median:.1f} | {ratio} | {max(entry.times_ms):.1f} "
-            f"| {bytes_ / 1e6:.2f} | {bytes_ / weight_bytes:.2f} |"
+            f"| {entry.name} | {entry.median:.1f} | {' | '.join(ratios)} "
+            f"| {max(entry.times_ms):.1f} "
+            f"| {state_bytes(entry.optimizer) / weight_bytes:.2f} |"
         )
-    medians = {entry.name: statistics.median(entry.times_ms) for entry in entries}
-    for name in ("AdaDiag", "AdaDiag, eigh"):
-        for other in ("pytorch_optimizer Conda", "torch Muon", "floor, one-sided"):
-            if name in medians and other in medians:
-                ratio = medians[name] / medians[other]
-                lines.append(f"\nmedian of {name} / median of {other}: {ratio:.2f}")
+    for name, floor in FLOOR_OF.items():
+        if name in by_name and floor in by_name:
+            ratio = by_name[name].median / by_name[floor].median
+            lines.append(f"\n{name} / {floor}: {ratio:.2f}")
+    if missing:
+        lines.append(f"\nNot installed: {', '.join(missing)}.")
     return "\n".join(lines)
 
 
@@ -330,7 +345,7 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    names = [*FLOORS, *OURS, *THEIRS]
+    names = [*FLOORS, *OURS, *PEERS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -351,9 +366,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the tables to this file too")
-    parser.add_argument("--verbose", action="store_true", help="print each round")
     args = parser.parse_args(argv)
     args.only = args.only or names
+    steps = range(args.warmup + 1, args.warmup + args.rounds + 1)
+    if not any(is_ordinary(step, args.refresh_every) for step in steps):
+        parser.error("no timed step is without a refresh: more --rounds or a larger T")
     if args.clock == "cpu" and args.device != "cpu":
         parser.error(f"--clock cpu does not see the work of --device {args.device}")
     return args
@@ -366,7 +383,7 @@ def main() -> None:
     print(parts[0], flush=True)
     for key in SHAPES if args.shapes == "both" else [args.shapes]:
         title, shapes = SHAPES[key]
-        parts.append(table(title, run(shapes, args.only, args)))
+        parts.append(table(title, *run(shapes, args.only, args)))
         print("\n" + parts[-1], flush=True)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
