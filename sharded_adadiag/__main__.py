@@ -33,6 +33,8 @@ OPTIONS = (
     "refresh_lag",
     "on_refresh",
     "basis",
+    "basis_from",
+    "first_moment",
     "max_rotated_dim",
     "noise_floor",
     "nonfinite",
@@ -150,6 +152,8 @@ def _add_optimizer(plan: argparse.ArgumentParser) -> None:
     add("--refresh-lag", type=int, metavar="L", help="steps to compute a basis in")
     add("--on-refresh", choices=("carry", "reproject"), help="what moments do then")
     add("--basis", choices=("svd", "eigh"), help="how bases are computed")
+    add("--basis-from", choices=("gradient", "momentum", "gram"), help="made of what")
+    add("--first-moment", choices=("rotated", "original"), help="its frame")
     add("--max-rotated-dim", type=int, metavar="N", help="largest side rotated")
     add("--noise-floor", type=float, metavar="X", help="entries below count as 0")
     add("--nonfinite", choices=("raise", "skip", "ignore"), help="NaN in a gradient")

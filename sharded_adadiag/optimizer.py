@@ -51,24 +51,27 @@ class RotatedOptimizer(Optimizer):
             group. Groups may be edited between steps, alike on all ranks: parameters
             may leave, come back and move. What the plan was made from stays as it
             was: ``rotate``, ``sides``, ``side``, ``refresh_slots``, ``refresh_lag``,
-            ``momentum``, ``state_dtype``, ``rotation_dtype`` and ``max_rotated_dim``.
+            ``basis_from``, ``first_moment``, ``momentum``, ``state_dtype``,
+            ``rotation_dtype`` and ``max_rotated_dim``.
         lr: Learning rate, a number or a one-element tensor.
         betas: Decay rates of the first and the second moment.
         eps: Added to the bias-corrected square root of an unfactored second moment.
         weight_decay: Decoupled, as in ``torch.optim.AdamW``.
-        sides: ``"none"`` is the base method, ``"one"`` rotates one side, ``"two"``
-            both.
-        side: The side that ``"one"`` rotates: ``"left"``, ``"right"``, or ``"auto"``
-            for the smaller one (left for square matrices).
+        sides: How many are rotated; ``"none"`` is the base method.
+        side: Which one: ``"left"``, ``"right"``, or ``"auto"`` (the smaller; left).
         refresh_every: Steps between two bases (T of the paper); None keeps the first.
-        refresh_slots: In how many portions, spread over these steps, the matrices get
-            their new bases; 1: all in one step (the paper); ``"auto"``: as many as
-            keep the longest step near the others.
-        refresh_lag: Steps during which a basis is computed beside training, before it
-            is in force; 0: none (the paper).
+        refresh_slots: Portions, spread over these steps, in which the matrices get new
+            bases; 1: all at once (the paper); ``"auto"``: enough for even steps.
+        refresh_lag: Steps for which a basis is computed beside training; 0: the paper.
         on_refresh: ``"carry"`` the moments over (the paper), or ``"reproject"`` them.
         basis: ``"svd"`` (the paper) or ``"eigh"`` of the float64 Gram matrix.
-        max_rotated_dim: A matrix whose rotated dimension is larger gets plain Adam.
+        basis_from: What it is made of: this step's ``"gradient"`` (the paper), the
+            ``"momentum"``, or ``"gram"``, moving averages of Gram matrices.
+        gram_beta: Decay rate of the averages.
+        gram_beta: Decay rate of the averages.
+        first_moment: ``"rotated"``: carried over to a new basis (the paper), or
+            ``"original"``: re-expressed in it, as if kept in the original frame.
+        max_rotated_dim: Matrices whose rotated dimension is larger get plain Adam.
         noise_floor: Rotated entries below this times the gradient's norm count as 0.
         nonfinite: If a gradient has NaN or Inf entries: ``"raise"`` on every rank,
             ``"skip"`` the step on every rank, or ``"ignore"``. If all groups ignore,
@@ -116,6 +119,9 @@ class RotatedOptimizer(Optimizer):
         refresh_lag: int = 0,
         on_refresh: Literal["carry", "reproject"] = "carry",
         basis: Literal["svd", "eigh"] = "svd",
+        basis_from: Literal["gradient", "momentum", "gram"] = "gradient",
+        gram_beta: float = 0.95,
+        first_moment: Literal["rotated", "original"] = "rotated",
         max_rotated_dim: int = 8192,
         noise_floor: float = 0.0,
         nonfinite: Literal["raise", "skip", "ignore"] = "raise",
@@ -147,7 +153,7 @@ class RotatedOptimizer(Optimizer):
         defaults = {k: arguments[k] for k in OPTION_NAMES if k in arguments}
         defaults |= {**self.rule.options, **own}
         defaults = {name: as_number(value) for name, value in defaults.items()}
-        Options.from_group(defaults)
+        self.rule.check(Options.from_group(defaults))
         for name in LATER_OPTIONS:
             if defaults[name] == DEFAULTS[name]:
                 del defaults[name]
@@ -200,7 +206,7 @@ class RotatedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            Options.from_group(group)
+            self.rule.check(Options.from_group(group))
             for name, param in zip(names(self.param_groups, group), group["params"]):
                 check_parameter(name, param, self.rule)
         except (TypeError, ValueError):

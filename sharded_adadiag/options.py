@@ -16,6 +16,8 @@ Side = Literal["auto", "left", "right"]
 OnRefresh = Literal["carry", "reproject"]
 Basis = Literal["svd", "eigh"]
 RefreshSlots = int | Literal["auto"]
+BasisFrom = Literal["gradient", "momentum", "gram"]
+FirstMoment = Literal["rotated", "original"]
 Nonfinite = Literal["raise", "skip", "ignore"]
 Distribution = Literal["auto", "owner", "broadcast"]
 
@@ -26,7 +28,13 @@ GROUP_OPTIONS = frozenset({"rotate", "batch_dims", "split_rows"})
 # Checkpoints that torch flattens cannot be read by whoever has a key more than they. So
 # groups have these, which are younger than the first checkpoints, only where they are
 # not the default.
-LATER_OPTIONS = frozenset({"refresh_slots", "refresh_lag"})
+LATER_OPTIONS = frozenset({
+    "refresh_slots",
+    "refresh_lag",
+    "basis_from",
+    "gram_beta",
+    "first_moment",
+})
 DISTRIBUTIONS: tuple[str, ...] = ("auto", "owner", "broadcast")
 # What the exchanges of a step may take on each rank unless the user says otherwise.
 BUFFER_BYTES = 44 << 20
@@ -46,11 +54,11 @@ def _steering(default: Any) -> Any:
 class Options:
     """What may be set per param group: all but ``distribution`` and the group.
 
-    The plan is made from ``rotate``, ``sides``, ``side``, ``momentum``,
-    ``refresh_slots``, ``refresh_lag``, ``state_dtype``, ``rotation_dtype``,
-    ``max_rotated_dim``, ``batch_dims`` and ``split_rows``, which then stay as they are.
-    All others may be changed between steps. The last two are set per group only, where
-    they are wanted.
+    The plan is made from ``rotate``, ``sides``, ``side``, ``refresh_slots``,
+    ``refresh_lag``, ``basis_from``, ``first_moment``, ``momentum``, ``state_dtype``,
+    ``rotation_dtype``, ``max_rotated_dim``, ``batch_dims`` and ``split_rows``, which
+    then stay as they are. All others may be changed between steps. The last two are
+    set per group only, where they are wanted.
 
     Attributes:
         lr: Learning rate, a number or a one-element tensor.
@@ -74,6 +82,14 @@ class Options:
             changes (the paper); ``"reproject"`` re-expresses them.
         basis: ``"svd"`` of the gradient (the paper), or ``"eigh"`` of its
             float64 Gram matrix.
+        basis_from: What a basis is made of: this step's ``"gradient"`` (the paper);
+            the ``"momentum"``, the first moment with this step's gradient in it; or
+            ``"gram"``, moving averages of ``G G^T`` and ``G^T G`` on the rotated
+            sides, of which a basis is always the eigenvectors.
+        gram_beta: Decay rate of those averages.
+        first_moment: ``"rotated"`` lives in whatever basis is in force and is carried
+            over to the next (the paper); ``"original"`` is re-expressed in each new
+            basis, as if it were kept in the original frame and rotated at each step.
         max_rotated_dim: A matrix whose rotated dimension is larger is not
             rotated: it gets plain unfactored Adam.
         noise_floor: Entries of the rotated gradient smaller than this times
@@ -107,6 +123,9 @@ class Options:
     refresh_lag: int = _planned(0)
     on_refresh: OnRefresh = _steering("carry")
     basis: Basis = _steering("svd")
+    basis_from: BasisFrom = _planned("gradient")
+    gram_beta: float = 0.95
+    first_moment: FirstMoment = _planned("rotated")
     max_rotated_dim: int = _planned(8192)
     noise_floor: float = _steering(0.0)
     nonfinite: Nonfinite = _steering("raise")
@@ -245,6 +264,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "refresh_lag": (_is_count, "it must be an integer >= 0"),
     "on_refresh": _one_of("carry", "reproject"),
     "basis": _one_of("svd", "eigh"),
+    "basis_from": _one_of("gradient", "momentum", "gram"),
+    "gram_beta": (
+        lambda v: _is_number(v, 0.0) and float(v) < 1.0,
+        "it must be a number in [0, 1)",
+    ),
+    "first_moment": _one_of("rotated", "original"),
     "max_rotated_dim": (is_positive_int, "it must be an integer >= 1"),
     "noise_floor": (lambda v: _is_number(v, 0.0), "it must be a number >= 0"),
     "nonfinite": _one_of("raise", "skip", "ignore"),

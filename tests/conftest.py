@@ -18,6 +18,7 @@ settings.load_profile("steady")
 
 # Test files whose ranks, as threads, take seconds; single tests are marked themselves.
 SLOW = {
+    "test_averages_saved",
     "test_backward_passes",
     "test_callers",
     "test_checkpoint",
@@ -39,6 +40,7 @@ SLOW = {
     "test_slots",
     "test_teams_on_ranks",
     "test_traffic",
+    "test_what_bases_are_made_of",
 }
 
 

@@ -77,9 +77,9 @@ def rotate(
         The rotated matrices, ``[k, m, n]``, or a copy of the gradients.
     """
     if right is not None:
-        grads = _products(grads, right, scratch)
+        grads = products(grads, right, scratch)
     if left is not None:
-        grads = _products([p.mT for p in left], grads, scratch)
+        grads = products([p.mT for p in left], grads, scratch)
     return _in_one(grads, scratch)
 
 
@@ -101,9 +101,9 @@ def rotate_back(
         The matrices in the original basis, ``[k, m, n]``.
     """
     if left is not None:
-        directions = _products(left, directions, scratch)
+        directions = products(left, directions, scratch)
     if right is not None:
-        directions = _products(directions, [q.mT for q in right], scratch)
+        directions = products(directions, [q.mT for q in right], scratch)
     return _in_one(directions, scratch)
 
 
@@ -145,12 +145,12 @@ def reproject_(
 
     Args:
         state: The matrix's moments, keyed as in ``optimizer.state``.
-        specs: How each of them follows.
+        specs: Those that follow, by the change or by its squares.
         change: ``P_new^T P_old`` or ``Q_old^T Q_new``, ``[k, k]``.
         left: The change is that of rows (P) rather than columns (Q).
     """
     for key, spec in specs.items():
-        if not spec.power or ("m" if left else "n") not in spec.dims:
+        if ("m" if left else "n") not in spec.dims:
             continue
         moment, by = state[key], change if spec.power == 1 else change.square()
         value = moment.to(by.dtype)
@@ -166,11 +166,21 @@ def _without_nan(squares: Tensor) -> Tensor:
     return squares.masked_fill(squares.isnan(), torch.inf)
 
 
-def _products(
+def products(
     first: Sequence[Tensor] | Tensor,
     second: Sequence[Tensor] | Tensor,
     scratch: Scratch,
 ) -> Tensor:
+    """``A B`` of each pair of matrices.
+
+    Args:
+        first: Matrices ``[m, k]`` of one shape.
+        second: As many matrices ``[k, n]`` of one shape.
+        scratch: Memory for the result.
+
+    Returns:
+        The products, ``[count, m, n]``.
+    """
     rows, inner = first[0].shape
     cols = second[0].shape[1]
     limit = STACK_NUMEL.get(first[0].device.type, STACK_NUMEL["cuda"])

@@ -19,14 +19,15 @@ class StateSpec:
             that belongs to its block of the matrix, in the moments' dtype, zero at
             first. ``"copy"``: each keeps all of it, in the rotations' dtype, the
             identity at first. ``"head"``: the head of the team alone keeps all of it,
-            in the rotations' dtype, zero at first.
+            in the rotations' dtype, zero at first. ``"sum"``: each keeps a summand as
+            large as the whole, in that dtype but float32 at least, zero at first.
         power: How it follows a change of basis R: each of its dimensions is multiplied
             by the entries of R to this power. 1 for what is linear in the gradient, 2
             for averages of squares, 0 for what does not follow.
     """
 
     dims: tuple[str, ...]
-    kept: Literal["block", "copy", "head"] = "block"
+    kept: Literal["block", "copy", "head", "sum"] = "block"
     power: int = 0
 
     def shape(self, block: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
@@ -43,7 +44,9 @@ class StateSpec:
         return tuple(sizes[dim] for dim in self.dims)
 
     def dtype(self, moments: torch.dtype, rotations: torch.dtype) -> torch.dtype:
-        """The one of two dtypes in which it is kept."""
+        """The dtype in which it is kept, from those of moments and rotations."""
+        if self.kept == "sum":
+            return torch.promote_types(rotations, torch.float32)
         return moments if self.kept == "block" else rotations
 
     def begin(self, value: Tensor) -> None:
@@ -55,5 +58,3 @@ class StateSpec:
 
 # Where a basis is that is in force only later; zeros stand for none.
 NEXT_ROTATIONS = "next_rotation_left", "next_rotation_right"
-ROTATION_LEFT = StateSpec(("m", "m"), "copy")
-ROTATION_RIGHT = StateSpec(("n", "n"), "copy")

@@ -10,15 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_adadiag.algorithm.adafactor import adafactor
+from sharded_adadiag.algorithm.adafactor import adafactor, corrected_decay
 from sharded_adadiag.algorithm.adam import adam
 from sharded_adadiag.algorithm.hfac import hfac
-from sharded_adadiag.algorithm.spec import (
-    NEXT_ROTATIONS,
-    ROTATION_LEFT,
-    ROTATION_RIGHT,
-    StateSpec,
-)
+from sharded_adadiag.algorithm.spec import NEXT_ROTATIONS, StateSpec
 from sharded_adadiag.algorithm.sums import Sums
 from sharded_adadiag.options import Options
 
@@ -35,6 +30,8 @@ class Rule:
         factored: `direction` asks for sums over the whole matrix. So a parameter is
             seen as a matrix even if it is not rotated, and no line of it goes alone.
         options: Options that only this optimizer has, with their defaults.
+        first_decay: From beta1 and t, the weight of the old in the new first moment;
+            None if there is no whole first moment.
     """
 
     name: str
@@ -42,6 +39,28 @@ class Rule:
     moments: Mapping[str, StateSpec]
     factored: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    first_decay: Callable[[float, int], float] | None = None
+
+    def check(self, options: Options) -> None:
+        """Refuse options that are valid by themselves but not for this rule.
+
+        Args:
+            options: Those of a param group.
+
+        Raises:
+            ValueError: If a basis is wanted of a first moment that is not kept.
+        """
+        kept = self.first_decay is not None and self._has_first(options)
+        if options.basis_from == "momentum" and not kept:
+            reason = "with momentum=False" if self.first_decay else "by its rule"
+            raise ValueError(
+                f"invalid basis_from: got 'momentum', but {self.name} keeps no whole "
+                f"first moment {reason}; it must be 'gradient' or 'gram'"
+            )
+
+    def decay_of_first(self, options: Options, step: int) -> float:
+        """The weight of the old in the new first moment, t counted from 1; or 0."""
+        return self.first_decay(options.betas[0], step) if self.first_decay else 0.0
 
     def states(
         self, options: Options, *, left: bool, right: bool
@@ -49,15 +68,15 @@ class Rule:
         """Everything that is kept of a rotated (or factored) matrix but its step count.
 
         Args:
-            options: Its ``momentum`` and ``refresh_lag`` are used.
+            options: Its ``momentum``, ``basis_from`` and ``refresh_lag`` are used.
             left: P is applied.
             right: Q is applied.
 
         Returns:
             The table, by the key in the parameter's state.
         """
-        late = options.refresh_lag > 0
-        return _states(self, self._has_first(options), late, left, right)
+        gram, late = options.basis_from == "gram", options.refresh_lag > 0
+        return _states(self, self._has_first(options), (gram, late), (left, right))
 
     def plain_states(self, options: Options) -> tuple[str, ...]:
         """What is kept of a parameter that is updated by Adam where it lies.
@@ -78,17 +97,19 @@ class Rule:
 
 @functools.cache
 def _states(
-    rule: Rule, first: bool, late: bool, left: bool, right: bool
+    rule: Rule, first: bool, more: tuple[bool, bool], sides: tuple[bool, bool]
 ) -> Mapping[str, StateSpec]:
     """One table for all matrices alike: a plan may have thousands."""
     states = {k: spec for k, spec in rule.moments.items() if first or k != "exp_avg"}
-    if left:
-        states["rotation_left"] = ROTATION_LEFT
-    if right:
-        states["rotation_right"] = ROTATION_RIGHT
-    for key, dim, wanted in zip(NEXT_ROTATIONS, "mn", (left, right)):
-        if late and wanted:
-            states[key] = StateSpec((dim, dim), "head")
+    rotated = [(i, "mn"[i], ("left", "right")[i]) for i in (0, 1) if sides[i]]
+    for _, dim, side in rotated:
+        states[f"rotation_{side}"] = StateSpec((dim, dim), "copy")
+    gram, late = more
+    for i, dim, side in rotated:
+        if gram:
+            states[f"gram_{side}"] = StateSpec((dim, dim), "sum")
+        if late:
+            states[NEXT_ROTATIONS[i]] = StateSpec((dim, dim), "head")
     return states
 
 
@@ -103,7 +124,10 @@ _SQUARE_SUMS = {
     "exp_avg_sq_col": StateSpec(("n",), power=2),
 }
 ADADIAG = Rule(
-    "AdaDiag", adam, {"exp_avg": _FIRST, "exp_avg_sq": StateSpec(("m", "n"), power=2)}
+    "AdaDiag",
+    adam,
+    {"exp_avg": _FIRST, "exp_avg_sq": StateSpec(("m", "n"), power=2)},
+    first_decay=lambda beta, step: beta,
 )
 ADAFACDIAG = Rule(
     "AdafacDiag",
@@ -111,6 +135,7 @@ ADAFACDIAG = Rule(
     {"exp_avg": _FIRST, **_SQUARE_SUMS},
     factored=True,
     options={"momentum": True, "clip_threshold": 1.0},
+    first_decay=corrected_decay,
 )
 HFACDIAG = Rule(
     "HfacDiag",

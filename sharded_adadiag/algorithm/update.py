@@ -2,7 +2,8 @@
 
 1. ``G_t``, the gradient of a matrix ``W`` in R^{m x n}
 2. every T steps: ``U, S, V^T = SVD(G_t)``;  ``P = U``  (two sides: ``Q = V``);
-   a gradient of zeros makes no basis, so the first one may come later
+   a gradient of zeros makes no basis, so the first one may come later; on request
+   of what G_t has been added to (`statistic`)
 3. ``Gt = P^T G_t Q``
 4.-6. the moment rule on ``Gt``: `adam` (AdaDiag), `adafactor` (AdafacDiag),
    `hfac` (HfacDiag); it gives ``N_t``
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sharded_adadiag.algorithm.basis import Basis, compute_basis
+from sharded_adadiag.algorithm.basis import Basis
 from sharded_adadiag.algorithm.rotation import (
     Scratch,
     reproject_,
@@ -31,25 +32,6 @@ from sharded_adadiag.algorithm.sums import Sums
 from sharded_adadiag.options import Options
 
 State = dict[str, Tensor]
-
-
-def basis_of(grad: Tensor, state: State, options: Options) -> Basis:
-    """Step 2: the basis of the current gradient.
-
-    Args:
-        grad: G_t, ``[m, n]``, in the dtype of the computation.
-        state: Moments and rotations; a side is rotated if it has a rotation here.
-        options: Its ``basis`` is used.
-
-    Returns:
-        The basis; both sides are None where there is no new one.
-    """
-    return compute_basis(
-        _precise(grad, state),
-        left="rotation_left" in state,
-        right="rotation_right" in state,
-        method=options.basis,
-    )
 
 
 def update(
@@ -129,17 +111,20 @@ def install(
     Args:
         state: The matrix's state; modified in place.
         basis: The new basis; a side that is None stays as it is.
-        options: Its ``on_refresh`` is used. Where there was no basis yet the moments
-            are re-expressed from the original frame.
+        options: Its ``on_refresh`` and ``first_moment`` are used. Where there was no
+            basis yet the moments are re-expressed from the original frame.
         specs: What the state has.
     """
+    squares = options.on_refresh == "reproject"
+    follows = {1: squares or options.first_moment == "original", 2: squares}
+    following = {k: spec for k, spec in specs.items() if follows.get(spec.power)}
     for key, new in (("rotation_left", basis.left), ("rotation_right", basis.right)):
         if new is None:
             continue
-        if options.on_refresh == "reproject":
+        if following:
             left, old = key == "rotation_left", state[key].to(new.dtype)
             change = new.mT @ old if left else old.mT @ new
-            reproject_(state, specs, change, left=left)
+            reproject_(state, following, change, left=left)
         state[key].copy_(new)
 
 
@@ -176,11 +161,3 @@ def rotations(states: Sequence[State], key: str, like: Tensor) -> list[Tensor] |
     if key not in states[0]:
         return None
     return [state[key].to(like.dtype) for state in states]
-
-
-def _precise(grad: Tensor, state: State) -> Tensor:
-    """The gradient in float64 if the rotation is kept in float64 (on request)."""
-    for key in ("rotation_left", "rotation_right"):
-        if key in state and state[key].element_size() == 8:
-            return grad.double()
-    return grad

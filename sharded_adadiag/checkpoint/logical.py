@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from sharded_adadiag.comm.collectives import Communicator, ProcessGroup
 from sharded_adadiag.comm.exchange import Exchange
 from sharded_adadiag.plan.exchange_plan import ExchangePlan, Move
-from sharded_adadiag.plan.geometry import Layout, cut_rows
+from sharded_adadiag.plan.geometry import Layout, alone, cut_rows
 from sharded_adadiag.plan.regions import Box, entries_above
 
 # Bytes of full state tensors moved at once: bounds the memory of saving.
@@ -39,6 +39,8 @@ class StateTensor:
         dtype: Dtype in use, and in the saved form.
         saved: The region of each rank in the saved form; None is an even share of
             the first dimension.
+        summed: Each rank that holds any holds a summand, and the sum is saved. What is
+            loaded is then the first one's, and the others get nothing.
     """
 
     name: str
@@ -48,6 +50,7 @@ class StateTensor:
     blocks: tuple[tuple[int, Layout], ...]
     dtype: torch.dtype
     saved: Layout | None = None
+    summed: bool = False
 
     @property
     def rows(self) -> int:
@@ -209,8 +212,12 @@ class LogicalState:
         hops, dtypes = [], []
         for t in tensors:
             for (_, layout), (_, saved) in zip(t.blocks, self._saved_blocks(t)):
+                size = t.dtype.itemsize
+                if back and t.summed:
+                    layout = _on_first(layout)
                 source, target = (saved, layout) if back else (layout, saved)
-                hops.append(Move(t.cols, source, target, t.dtype.itemsize))
+                summed = t.summed and not back
+                hops.append(Move(t.cols, source, target, size, summed=summed))
                 dtypes.append(t.dtype)
         plan = ExchangePlan(self.comm.size, tuple(hops))
         moved, _ = self.exchange.run(plan, pieces, dtypes, dtypes, device=self.device)
@@ -305,6 +312,13 @@ def _chunks(tensors: Sequence[StateTensor]) -> Iterator[list[int]]:
         size += tensor.nbytes
     if some:
         yield some
+
+
+def _on_first(layout: Layout) -> Layout:
+    """The first piece of a layout on the first of its ranks alone."""
+    (region, ranks), *_ = layout.pieces
+    first = region, alone(ranks[0])
+    return Layout(layout.world_size, (first,), Box(0, 0, 0, region.shape[-1]))
 
 
 def _shares(piece: Tensor, value: Tensor) -> bool:

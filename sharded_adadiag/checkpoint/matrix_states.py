@@ -150,7 +150,7 @@ def _of_one(plan: MatrixPlan, key: str, world_size: int) -> StateTensor:
     spec = plan.states[key]
     shape = length, *rest = spec.shape(plan.shape, plan.shape)
     cols = math.prod(rest)
-    if spec.kept == "copy":
+    if spec.kept in {"copy", "sum"}:
         layout = on_team(plan.route.team, length, cols, world_size)
     elif spec.kept == "head":
         layout = only_on(plan.route.owner, length, cols, world_size)
@@ -163,6 +163,7 @@ def _of_one(plan: MatrixPlan, key: str, world_size: int) -> StateTensor:
         cols,
         ((length, layout),),
         _dtype(plan, key),
+        summed=spec.kept == "sum" and len(plan.route.team) > 1,
     )
 
 

@@ -143,7 +143,10 @@ class SavedState:
         """Copy what was loaded, block by block, into the live states."""
         for (i, tensor), blocks in zip(wanted, pieces):
             for live, piece in zip(self._live(i, tensor.key), blocks, strict=True):
-                live.copy_(piece.view(live.shape))
+                if tensor.summed and not piece.numel():
+                    live.zero_()  # another rank has all of the sum
+                else:
+                    live.copy_(piece.view(live.shape))
 
     def _live(self, i: int, key: str) -> list[torch.Tensor]:
         """This rank's tensors of a saved tensor's blocks; views of the live state."""
@@ -182,9 +185,14 @@ class SavedState:
             _warn(f"{name}: the loaded state has no {', '.join(missing)}; starts anew")
             return []
         if missing and bases == "saved":
+            rotated = any(specs[key].kept == "copy" for key in missing)
             _warn(
-                f"{name}: the loaded state has no {', '.join(missing)}; its moments "
-                "are taken to be unrotated until the next basis"
+                f"{name}: the loaded state has no {', '.join(missing)}; its "
+                + (
+                    "moments are taken to be unrotated until the next basis"
+                    if rotated
+                    else "averages start anew"
+                )
             )
         return [tensor for tensor in tensors if tensor.key in values]
 

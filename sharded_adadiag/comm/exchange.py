@@ -247,8 +247,10 @@ class Pending:
             for copy in arrival.own:
                 source = _view(self.pieces[i], copy.source)
                 copied.append((_view(out, copy.target), source))
-            came = added if arrival.summed else copied
-            for copy in arrival.came:
+            # A rank without a summand of its own begins with the first that comes.
+            first = bool(arrival.own)
+            for k, copy in enumerate(arrival.came, start=first):
+                came = added if arrival.summed and k else copied
                 came.append((_view(out, copy.target), self._arrived(i, copy.source)))
         _copy(copied)
         for out, summand in added:  # in rank order, which the sum's rounding tells

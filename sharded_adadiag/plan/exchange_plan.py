@@ -46,8 +46,8 @@ class Move:
         source: Where its entries are.
         target: Where they must go.
         itemsize: Bytes of an element on the way.
-        summed: Every rank holds a summand of the whole matrix, not a part of it; who
-            wants it wants it whole.
+        summed: Every rank that holds any holds a summand of the whole matrix, not a
+            part of it.
     """
 
     cols: int
@@ -68,7 +68,8 @@ class Move:
         wanted = self.target[rank]
         if self.summed:
             if wanted.numel:
-                yield from ((source, wanted) for source in range(len(self.source)))
+                ((_, sources),) = self.source.pieces
+                yield from ((source, wanted) for source in sources)
             return
         for _, shared, ranks in self.source.overlapping(wanted, self.cols):
             yield _sender(ranks, rank), shared
@@ -83,7 +84,8 @@ class Move:
             A rank and the region that goes to it.
         """
         if self.summed:
-            for region, targets in self.target.pieces:
+            there = self.target.pieces if self.source[rank].numel else ()
+            for region, targets in there:
                 yield from ((target, region) for target in targets)
             return
         replicas = self.source.holders(rank)
@@ -112,7 +114,12 @@ def _sender(replicas: Sequence[int], target: int) -> int:
 def _moved_numel(cols: int, source: Layout, target: Layout, summed: bool) -> int:
     """Entries wanted by ranks that do not hold them."""
     if summed:
-        return target.numel * (len(source) - 1)
+        ((_, sources),) = source.pieces
+        return sum(
+            region.numel * (len(sources) - (rank in sources))
+            for region, ranks in target.pieces
+            for rank in ranks
+        )
     if source == target:
         return 0
     fewer, more = sorted((source, target), key=_holders)
@@ -343,8 +350,10 @@ def _arrival(
             wanted.shape, held == wanted and not hop.summed, True, hop.summed, (), ()
         )
     if hop.summed:
-        place = dense(wanted.shape)
-        summand = [Copy(item, wanted, place, place)] if wanted.numel else []
+        summand = []
+        if held.numel:
+            there = dense(wanted.shape)
+            summand = [Copy(item, wanted, inside(held, wanted, hop.cols), there)]
         return Arrival(wanted.shape, False, True, True, tuple(summand), tuple(came))
     own = tuple(
         Copy(

@@ -34,6 +34,7 @@ class MatrixPlan:
         rotation_dtype: Dtype of the stored rotations.
         work_dtype: Dtype of the computation and of the update.
         states: What is kept of it, by key.
+        basis_from: What its bases are made of: the option of its group.
         divisible: Its lines are independent of each other, so that a step may work on
             some of them at a time: one side is rotated, and the rule asks for no sum.
         key: Position of the parameter, and of the first matrix among its own.
@@ -51,6 +52,7 @@ class MatrixPlan:
     rotation_dtype: torch.dtype
     work_dtype: torch.dtype
     states: Mapping[str, StateSpec]
+    basis_from: str = "gradient"
     divisible: bool = False
     key: tuple[int, int] = dataclasses.field(init=False)
 
@@ -77,16 +79,38 @@ class MatrixPlan:
         """Whether any side is rotated."""
         return self.left or self.right
 
-    def by_gram(self, basis: str) -> bool:
-        """Whether a basis is computed from the sum of the ranks' Gram blocks.
+    def made_of(self, basis: str) -> tuple[str, ...]:
+        """What travels to the head for a basis of what no rank has whole.
 
         Args:
             basis: The option of its group.
 
         Returns:
-            False if the gradient is assembled for it.
+            ``"gram"`` for the sum of the Gram matrices of the ranks' blocks, averages
+            included, or ``"gradient"``; then the keys of states.
         """
-        return basis == "eigh" and self.route.basis_from == "gram"
+        by_gram = self.route.basis_from == "gram"
+        if self.basis_from == "gram" and by_gram:
+            return ("gram",)
+        return ("gram" if by_gram and basis == "eigh" else "gradient", *self.gathered)
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """The states that the head gets for a basis, besides this step's gradient."""
+        if self.basis_from == "momentum":
+            return ("exp_avg",)
+        return tuple(key for key, spec in self.states.items() if spec.kept == "sum")
+
+    @property
+    def refresh_bytes(self) -> int:
+        """What the head gets for a basis, at most."""
+        states = self.state_shapes(self.route.owner)
+        kept = sum(
+            math.prod(self.states[key].shape(self.shape, self.shape))
+            * states[key][1].itemsize
+            for key in self.gathered
+        )
+        return self.view.numel * self.view.work_itemsize + kept
 
     def state_shapes(self, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of what a rank keeps; placeholders have no entries.

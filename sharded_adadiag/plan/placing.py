@@ -14,6 +14,7 @@ from sharded_adadiag.algorithm.state import (
     rotated_sides,
     rotation_dtype,
 )
+from sharded_adadiag.options import Options
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose
 from sharded_adadiag.plan.geometry import Layout, cut_rows
@@ -123,7 +124,7 @@ def _matrices_of(
     if view.batch:
         shape = view.heights[0], view.cols
         left, right = rotated_sides(shape, param.options)
-        work = step_cost(*shape, left=left, right=right)
+        work = _step_cost(*shape, left, right, param.options)
         for first, count, home in divide(view, layout, cols, (work, loads)):
             for start, size in runs(view, first, count):
                 top = start * view.heights[0] * view.cols // cols
@@ -244,9 +245,11 @@ class MatrixSpec:
             numel = math.prod(state.shape(shape, shape))
             state_bytes[state.kept] += count * numel * state.dtype(*dtypes).itemsize
         cost = MatrixCost(
-            count * step_cost(rows, cols, left=left, right=right),
+            count * _step_cost(rows, cols, left, right, options),
             count
-            * refresh_cost(rows, cols, left=left, right=right, basis=options.basis),
+            * refresh_cost(
+                rows, cols, left=left, right=right, basis=_decomposition(options)
+            ),
             options.refresh_every,
             state_bytes.total(),
             Slots.one(count),
@@ -262,7 +265,7 @@ class MatrixSpec:
             left,
             right,
             cost,
-            state_bytes["copy"],
+            state_bytes["copy"] + state_bytes["sum"],
             states,
             divisible and share.kind != "stack",
         )
@@ -284,7 +287,9 @@ class MatrixSpec:
     @property
     def two_sided_reproject(self) -> bool:
         """Whether a refresh mixes both dimensions of the moments."""
-        return self.left and self.right and self.param.options.on_refresh == "reproject"
+        options = self.param.options
+        follow = options.on_refresh == "reproject" or options.first_moment == "original"
+        return self.left and self.right and follow
 
     def candidate(self) -> Candidate:
         """The two ways to compute it, for the choice between them."""
@@ -295,8 +300,11 @@ class MatrixSpec:
         )
         other = None
         if not alone and not obstacle:
+            # Gram matrices add up over blocks; those of a momentum are not at hand.
+            basis = _decomposition(options)
+            basis = "svd" if options.basis_from == "momentum" else basis
             other = broadcast_route(
-                self.view, 0, left=self.left, right=self.right, basis=options.basis
+                self.view, 0, left=self.left, right=self.right, basis=basis
             )
         return Candidate(
             self.view,
@@ -344,5 +352,19 @@ class MatrixSpec:
             rotation_dtype(options, dtype),
             self.param.work_dtype,
             self.states,
+            options.basis_from,
             self.divisible,
         )
+
+
+def _step_cost(rows: int, cols: int, left: bool, right: bool, options: Options) -> int:
+    """Multiply-adds of one step of a matrix, those of its averages included."""
+    cost = step_cost(rows, cols, left=left, right=right)
+    if options.basis_from == "gram":
+        cost += rows * cols * (rows * left + cols * right)
+    return cost
+
+
+def _decomposition(options: Options) -> str:
+    """How a basis is computed: of averages it is always the eigenvectors."""
+    return "eigh" if options.basis_from == "gram" else options.basis

@@ -256,8 +256,8 @@ def refreshes_of(plan: Plan) -> list[ExchangePlan]:
     exchanges: list[ExchangePlan] = []
     for due in refresh_rounds(plan.shared, plan.budget):
         basis = [plan.specs[m.index].options.basis for m in due]
-        by_gram = tuple(m.by_gram(method) for m, method in zip(due, basis))
-        exchanges.extend(refresh_plans(due, by_gram, plan.world_size))
+        made = tuple(m.made_of(method) for m, method in zip(due, basis))
+        exchanges.extend(refresh_plans(due, made, plan.world_size))
     return exchanges
 
 

@@ -184,7 +184,7 @@ def _by_head(
     groups: list[list[MatrixPlan]] = []
     last: dict[int, tuple[int, int]] = {}  # by head: its group, and bytes there
     for m in matrices:
-        nbytes = m.view.numel * m.view.work_itemsize
+        nbytes = m.refresh_bytes
         group, there = last.get(m.route.owner, (0, 0))
         if there and there + nbytes > limit:
             group, there = group + 1, 0

@@ -100,6 +100,17 @@ class Step:
         (state,) = self.states(matrix)
         return state
 
+    def fade(self, index: int, averages: Sequence[str]) -> None:
+        """Let averages of Gram matrices fade, to which the step will add.
+
+        Args:
+            index: Position of their parameter.
+            averages: Their keys in its state.
+        """
+        beta = self.options[id(self.entries[index].group)].gram_beta
+        for key in averages:
+            self.held[index][key].mul_(beta)
+
     def count(self, matrix: MatrixPlan) -> int:
         """How many steps a matrix has made, this one included (t of the paper)."""
         return self.counts[matrix.index]

@@ -41,6 +41,7 @@ from sharded_adadiag.step.pending import PendingBases
 from sharded_adadiag.step.pipeline import run_round
 from sharded_adadiag.step.plain import plain_update
 from sharded_adadiag.step.refresh import refresh_jobs
+from sharded_adadiag.step.states import averages_of
 
 logger = logging.getLogger("sharded_adadiag")
 
@@ -123,6 +124,7 @@ class Engine:
             if not part.whole
         }
         self.group_options.follow(plan.matrices, cut)
+        self.averages = averages_of(plan.members)
         self._listed = False
 
     def allocate(self) -> None:
@@ -218,6 +220,9 @@ class Engine:
             self.pending,
             self.agreement.lacking,
         )
+        for i, keys in self.averages.items():
+            if present[i]:
+                step.fade(i, keys)
         if self.shared:
             budget = self.plan.budget
             self._run(step, refresh_jobs(step, self.shared, budget, self.failures))

@@ -9,7 +9,7 @@ first, so that a run goes on alike from anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -51,8 +51,8 @@ class PendingBases:
         matrix: MatrixPlan,
         position: int,
         due: int,
-        gathered: Tensor,
-        compute: Callable[[Tensor], Basis],
+        gathered: Mapping[str, Tensor],
+        compute: Callable[[Mapping[str, Tensor]], Basis],
     ) -> None:
         """Begin to compute a basis.
 
@@ -65,12 +65,13 @@ class PendingBases:
         """
         if self.worker is None:
             self.worker = ThreadPoolExecutor(1, "bases")
-        own, stream = gathered.clone(), None
-        if own.is_cuda:
+        own, stream = {k: value.clone() for k, value in gathered.items()}, None
+        device = next(value.device for value in own.values())
+        if device.type == "cuda":
             if self._stream is None:
-                self._stream = torch.cuda.Stream(own.device)
+                self._stream = torch.cuda.Stream(device)
             stream = self._stream
-            stream.wait_stream(torch.cuda.current_stream(own.device))
+            stream.wait_stream(torch.cuda.current_stream(device))
 
         @torch.no_grad()
         def work() -> Basis:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sharded_adadiag.algorithm.rotation import Scratch, rotate, rotate_back
+from sharded_adadiag.algorithm.statistic import add_grams_
 from sharded_adadiag.algorithm.sums import PartialSum, Sums, together
 from sharded_adadiag.algorithm.update import rotations, update
 from sharded_adadiag.comm.jobs import Failures, Job, Sum, Transfer
@@ -46,8 +47,10 @@ def run_round(step: Step, here: RoundHere, failures: Failures) -> Job:
     given = list(work)
     batches = step.working(here.batches)
     for k, (there, _) in enumerate(here.hops):
+        _average(step, batches, k, work, failures)
         _rotate(step, batches, k, work, failures, back=False)
         yield from _hop(there, work)
+    _average(step, batches, -1, work, failures)
     for i, due in step.due(here):
         refresh_here(step, here.parts[i].matrix, due, work[i], failures)
     moved = [now is not then for now, then in zip(work, given)]
@@ -66,6 +69,20 @@ def _hop(hop: Hop, work: Work) -> Job:
     moved = yield Transfer(hop.plan, pieces, hop.wire, hop.work, hop.into, hop.apart)
     for i, piece in zip(hop.who, moved):
         work[i] = piece
+
+
+def _average(
+    step: Step, batches: Sequence[Batch], k: int, work: Work, failures: Failures
+) -> None:
+    """Add this rank's pieces to the averages of the sides rotated in a stage."""
+    for batch in batches:
+        if not batch.here or k >= len(batch.stages) - 1:
+            continue
+        options, stage = step.options_of(batch.first), batch.stages[k]
+        if options.basis_from == "gram" and (stage.left or stage.right):
+            with failures.carried(batch.first.index):
+                grads, states = step.inputs_of(batch, work)
+                add_grams_(states, grads, options, left=stage.left, right=stage.right)
 
 
 def _rotate(

@@ -10,19 +10,20 @@ and the rotations are sent, and in force, that many steps later.
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sharded_adadiag.algorithm.basis import (
-    Basis,
-    basis_of_gram,
-    compute_basis,
-    gram_matrix,
-)
+from sharded_adadiag.algorithm.basis import Basis, gram_matrix
 from sharded_adadiag.algorithm.spec import NEXT_ROTATIONS
-from sharded_adadiag.algorithm.update import basis_of, install
+from sharded_adadiag.algorithm.statistic import (
+    basis_of,
+    momentum,
+    statistic,
+    with_gradient,
+)
+from sharded_adadiag.algorithm.update import install
 from sharded_adadiag.comm.exchange import window
 from sharded_adadiag.comm.jobs import Failures, Job, Transfer
 from sharded_adadiag.plan.matrices import MatrixPlan
@@ -49,13 +50,15 @@ def refresh_here(
         for i in due.arriving:
             install(states[i], _arrived(step, m, i, states[i]), options, m.states)
         grads = apart(m, gradient.to(m.work_dtype))
+        decay = step.rule.decay_of_first(options, step.count(m))
+        compute = _how(step, m)
         for i in due.now:
-            basis = basis_of(grads[i], states[i], options)
+            basis = compute(statistic(grads[i], states[i], options, decay))
             step.bases.note(m, i, basis)
             install(states[i], basis, options, m.states)
         for i in due.begun:
-            compute = functools.partial(basis_of, state=states[i], options=options)
-            step.pending.begin(m, i, _due(step, m), grads[i], compute)
+            made = statistic(grads[i], states[i], options, decay)
+            step.pending.begin(m, i, _due(step, m), made, compute)
 
 
 def refresh_jobs(
@@ -85,14 +88,13 @@ def _refresh_together(
     step: Step, matrices: tuple[MatrixPlan, ...], failures: Failures
 ) -> Job:
     """New bases of matrices that several ranks work on, or one in several rounds."""
-    gram, collected = yield from _collect(step, matrices)
+    collected = yield from _collect(step, matrices)
     found: list[Basis] = []
-    for m, by_gram, gathered in zip(matrices, gram, collected):
+    for m, gathered in zip(matrices, collected):
         basis = Basis(None, None)
         if m.route.owner == step.rank:
             with failures.carried(m.index):
-                method = step.options_of(m).basis
-                basis = _new_basis(gathered, m, method, by_gram=by_gram)
+                basis = _how(step, m)(_made(step, m, gathered))
         found.append(basis)
     yield from _distribute(step, matrices, found, failures)
 
@@ -101,17 +103,12 @@ def _begin_together(
     step: Step, matrices: tuple[MatrixPlan, ...], failures: Failures
 ) -> Job:
     """Begin to compute such bases, on their heads."""
-    gram, collected = yield from _collect(step, matrices)
-    for m, by_gram, gathered in zip(matrices, gram, collected):
+    collected = yield from _collect(step, matrices)
+    for m, gathered in zip(matrices, collected):
         if m.route.owner == step.rank:
             with failures.carried(m.index):
-                compute = functools.partial(
-                    _new_basis,
-                    matrix=m,
-                    method=step.options_of(m).basis,
-                    by_gram=by_gram,
-                )
-                step.pending.begin(m, 0, _due(step, m), gathered, compute)
+                made = _made(step, m, gathered)
+                step.pending.begin(m, 0, _due(step, m), made, _how(step, m))
 
 
 def _arrive_together(
@@ -148,15 +145,25 @@ def _arrived(step: Step, matrix: MatrixPlan, position: int, state: State) -> Bas
 
 def _collect(
     step: Step, matrices: tuple[MatrixPlan, ...]
-) -> Generator[Transfer, list[Tensor], tuple[tuple[bool, ...], list[Tensor]]]:
-    """What bases are computed from, to the heads; and which of it are Gram matrices."""
-    gram = tuple(m.by_gram(step.options_of(m).basis) for m in matrices)
-    collect, _ = refresh_plans(matrices, gram, step.world_size)
-    sent = [_statistic(step, m, by_gram) for m, by_gram in zip(matrices, gram)]
-    work = [torch.float64 if g else m.work_dtype for m, g in zip(matrices, gram)]
+) -> Generator[Transfer, list[Tensor], list[dict[str, Tensor]]]:
+    """What bases are made of, to the heads: of each matrix its parts, by name."""
+    made = _made_of(step, matrices)
+    collect, _ = refresh_plans(matrices, made, step.world_size)
+    parts = [(m, part) for m, some in zip(matrices, made) for part in some]
+    sent = [_part(step, m, part) for m, part in parts]
     wire = [value.dtype for value in sent]
-    collected = yield Transfer(collect, sent, wire, work, "collected")
-    return gram, collected
+    work = [
+        m.work_dtype if part == "gradient" else dtype
+        for (m, part), dtype in zip(parts, wire)
+    ]
+    arrived = iter((yield Transfer(collect, sent, wire, work, "collected")))
+    return [{part: next(arrived) for part in some} for some in made]
+
+
+def _made_of(
+    step: Step, matrices: tuple[MatrixPlan, ...]
+) -> tuple[tuple[str, ...], ...]:
+    return tuple(m.made_of(step.options_of(m).basis) for m in matrices)
 
 
 def _distribute(
@@ -166,8 +173,8 @@ def _distribute(
     failures: Failures,
 ) -> Job:
     """Rotations from the heads to their teams, where they are in force at once."""
-    gram = tuple(m.by_gram(step.options_of(m).basis) for m in matrices)
-    _, distribute = refresh_plans(matrices, gram, step.world_size)
+    made = _made_of(step, matrices)
+    _, distribute = refresh_plans(matrices, made, step.world_size)
     sides = [
         (side, size, m)
         for m, basis in zip(matrices, found)
@@ -196,38 +203,58 @@ def _distribute(
         install(step.state(m), basis, step.options_of(m), m.states)
 
 
-def _statistic(step: Step, matrix: MatrixPlan, by_gram: bool) -> Tensor:
-    """What this rank sends to the head: its piece, or the Gram matrix of its block."""
+def _part(step: Step, matrix: MatrixPlan, part: str) -> Tensor:
+    """What this rank sends to the head: its piece, a Gram matrix, or a state."""
+    if part in matrix.states:
+        if step.rank in matrix.route.team:
+            return step.state(matrix)[part].contiguous()
+        spec = matrix.states[part]
+        dtype = spec.dtype(matrix.moment_dtype, matrix.rotation_dtype)
+        return torch.zeros((0, 0), dtype=dtype, device=step.device)
     piece = step.gradient(matrix, matrix.view.layout[step.rank].shape)
-    if not by_gram:
+    if part == "gradient":
         return piece
     # Its own part of the piece: a replica has another.
     stages = matrix.route.stages
     own = next(s for s in stages if s.left or s.right).layout[step.rank]
     layout = matrix.view.layout
     block = window(piece, layout[step.rank], own, matrix.view.cols)
+    if matrix.basis_from == "gram":
+        key = "gram_left" if matrix.left else "gram_right"
+        average = step.state(matrix)[key]
+        return with_gradient(average, block, step.options_of(matrix), key)
     return gram_matrix(block, left=matrix.left)
 
 
-def _new_basis(
-    gathered: Tensor, matrix: MatrixPlan, method: str, *, by_gram: bool
-) -> Basis:
-    """On the head: the new basis."""
-    if not by_gram:
-        precise = torch.promote_types(matrix.work_dtype, matrix.rotation_dtype)
-        return compute_basis(
-            gathered.to(precise),
-            left=matrix.left,
-            right=matrix.right,
-            method=method,
-        )
-    if not bool(gathered.any()):  # zeros tell nothing of a basis
-        return Basis(None, None)
-    vectors = basis_of_gram(gathered, matrix.work_dtype)
-    return Basis(
-        vectors if matrix.left else None,
-        vectors if matrix.right else None,
-        "" if vectors is not None else "kept",
+def _made(
+    step: Step, matrix: MatrixPlan, gathered: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """On the head: what a basis is made of, as from `statistic`."""
+    options = step.options_of(matrix)
+    if "gram" in gathered:
+        return {"gram_left" if matrix.left else "gram_right": gathered["gram"]}
+    grad = gathered["gradient"]
+    if matrix.basis_from == "gram":
+        return {
+            key: with_gradient(gathered[key], grad, options, key)
+            for key in matrix.gathered
+        }
+    if matrix.basis_from == "momentum":
+        decay = step.rule.decay_of_first(options, step.count(matrix))
+        return {
+            "gradient": momentum(grad, gathered["exp_avg"], step.state(matrix), decay)
+        }
+    return gathered
+
+
+def _how(step: Step, matrix: MatrixPlan) -> Callable[[Mapping[str, Tensor]], Basis]:
+    """On the head: from what a basis is made of to the basis."""
+    return functools.partial(
+        basis_of,
+        left=matrix.left,
+        right=matrix.right,
+        method=step.options_of(matrix).basis,
+        dtype=torch.promote_types(matrix.work_dtype, matrix.rotation_dtype),
     )
 
 

@@ -77,6 +77,24 @@ def specs_of(matrices: Iterable[MatrixPlan]) -> dict[str, StateSpec]:
     }
 
 
+def averages_of(matrices: Iterable[MatrixPlan]) -> dict[int, list[str]]:
+    """The averages that each step adds to.
+
+    Args:
+        matrices: Those that take part.
+
+    Returns:
+        Their keys in the parameter's state, by its position.
+    """
+    found: dict[int, list[str]] = {}
+    for matrix in matrices:
+        for key, spec in matrix.states.items():
+            keys = found.setdefault(matrix.index, []) if spec.kept == "sum" else []
+            if (key := key + matrix.share.suffix) not in keys:  # more of a stack
+                keys.append(key)
+    return found
+
+
 def apart(matrix: MatrixPlan, whole: Tensor) -> list[Tensor]:
     """Each matrix of what is moved as one.
 

@@ -32,6 +32,9 @@ class ReferenceOptions:
     refresh_lag: int = 0  # L
     on_refresh: str = "carry"  # or "reproject"
     basis: str = "svd"  # or "eigh"
+    basis_from: str = "gradient"  # or "momentum", "gram"
+    gram_beta: float = 0.95
+    first_moment: str = "rotated"  # or "original"
     max_rotated_dim: int = 8192
     noise_floor: float = 0.0
     maximize: bool = False
@@ -66,14 +69,19 @@ def reference_step(
 
     # 2. The basis of the current gradient on steps 1, T+1, 2T+1, ..., or so much later
     # as the slot says; in force from then on, or L steps later if it is not the first.
-    # Zeros tell nothing of a basis: the old one stays, and the first comes with the
-    # first non-zero G.
+    # On request of averages that the gradient has been added to. Zeros tell nothing of
+    # a basis: the old one stays, and the first comes when there are more.
     p = state.get("rotation_left", torch.eye(g.shape[0]).to(g))
     q = state.get("rotation_right", torch.eye(g.shape[1]).to(g))
     has_basis = state.keys() & {"rotation_left", "rotation_right"}
+    made = {"gradient": g}
+    if o.basis_from == "gram":
+        made = _gram_averages(g, state, *sides, o)
+    elif o.basis_from == "momentum":
+        made = {"gradient": _momentum(g, state, p, q, o.betas[0], t, method)}
     new = {}
-    if (_is_due(t - 1, o) or not has_basis) and g.any():
-        new = _basis(g, *sides, o.basis)
+    if _is_due(t - 1, o) or not has_basis:
+        new = _new_basis(made, *sides, o.basis, g.dtype)
     if o.refresh_lag and has_basis:
         coming = state.setdefault("coming", {})
         if _is_due(t - 1, o):
@@ -81,7 +89,9 @@ def reference_step(
         new = coming.pop(t, {})
     if new:
         if o.on_refresh == "reproject":
-            _reproject(state, new, p, q)
+            _reproject(state, new, p, q, (1, 2))
+        elif o.first_moment == "original":
+            _reproject(state, new, p, q, (1,))
         state.update(new)
         p, q = new.get("rotation_left", p), new.get("rotation_right", q)
 
@@ -162,6 +172,17 @@ def _rotated_sides(weight: Tensor, o: ReferenceOptions) -> tuple[bool, bool] | N
     return (left, right) if longest <= o.max_rotated_dim else None
 
 
+def _new_basis(
+    made: dict[str, Tensor], left: bool, right: bool, basis: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """P and Q of the gradient, the momentum or Gram averages; none of zeros."""
+    if not any(x.any() for x in made.values()):
+        return {}
+    if "gradient" in made:
+        return _basis(made["gradient"], left, right, basis)
+    return {f"rotation_{side}": _vectors(x).to(dtype) for side, x in made.items()}
+
+
 def _basis(g: Tensor, left: bool, right: bool, basis: str) -> dict[str, Tensor]:
     """P and Q: the singular vectors of G, or eigenvectors of its Gram matrices."""
     rank = min(g.shape)
@@ -195,11 +216,46 @@ def _signs(vectors: Tensor) -> Tensor:
     return torch.where(largest < 0, -1, 1).to(vectors.dtype)
 
 
+def _gram_averages(
+    g: Tensor, state: dict[str, Any], left: bool, right: bool, o: ReferenceOptions
+) -> dict[str, Tensor]:
+    """L = b L + (1 - b) G G^T and R = b R + (1 - b) G^T G, of the rotated sides."""
+    g = g.double()  # in float32 the squares of small directions are lost
+    grams = {"left": g @ g.mT} if left else {}
+    grams |= {"right": g.mT @ g} if right else {}
+    return {s: _average(state, f"gram_{s}", x, o.gram_beta) for s, x in grams.items()}
+
+
+def _momentum(
+    g: Tensor,
+    state: dict[str, Any],
+    p: Tensor,
+    q: Tensor,
+    beta: float,
+    t: int,
+    method: str,
+) -> Tensor:
+    """The first moment in the original frame, this step's gradient in it."""
+    decay = beta if method == "adadiag" else _decay(beta, t)
+    old = p @ state.get("exp_avg", torch.zeros_like(g)) @ q.mT
+    return decay * old + (1 - decay) * g
+
+
+def _vectors(gram: Tensor) -> Tensor:
+    """Eigenvectors, the largest eigenvalue first."""
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    return vectors * _signs(vectors)
+
+
 def _reproject(
-    state: dict[str, Any], new: dict[str, Tensor], p: Tensor, q: Tensor
+    state: dict[str, Any],
+    new: dict[str, Tensor],
+    p: Tensor,
+    q: Tensor,
+    powers: tuple[int, ...],
 ) -> None:
     """Re-express the moments; the sums of a side that is not rotated stay."""
-    for power, moment in (1, "exp_avg"), (2, "exp_avg_sq"):
+    for power, moment in zip(powers, ("exp_avg", "exp_avg_sq")):
         if "rotation_left" in new:  # M <- R M, V <- (R o R) V
             r = new["rotation_left"].mT @ p
             for key in state.keys() & {moment, f"{moment}_row"}:

@@ -131,7 +131,7 @@ class FlatStates:
                 values[i] = {**fits, "step": step}
                 for key, spec in specs_of(saved.matrices.get(i, ())).items():
                     # The identity stands for a basis that is yet to come.
-                    if spec.kept == "copy" and live[key].numel() > 0:
+                    if spec.kept != "block" and live[key].numel() > 0:
                         spec.begin(live[key])
             for key in [key for key in state if key != STATE_KEY]:
                 del state[key]

@@ -5,9 +5,10 @@ import torch
 from support.training import CLASSES
 from torch import nn
 
-from sharded_adadiag.algorithm.spec import ROTATION_LEFT, StateSpec
+from sharded_adadiag.algorithm.spec import StateSpec
 from sharded_adadiag.testing.assertions import assert_equal
 
+ROTATION = StateSpec(("m", "m"), "copy")
 SIDES = {"none": (False, False), "one": (True, False), "two": (True, True)}
 
 
@@ -42,16 +43,16 @@ def test_a_block_is_as_large_as_the_rank_s_and_a_copy_as_the_matrix():
     moment = StateSpec(("m", "n"), power=1)
     assert moment.shape((2, 5), (6, 5)) == (2, 5)
     assert StateSpec(("n",), power=2).shape((2, 5), (6, 5)) == (5,)
-    assert ROTATION_LEFT.shape((2, 5), (6, 5)) == (6, 6)
-    assert ROTATION_LEFT.shape((0, 5), (0, 0)) == (0, 0)
+    assert ROTATION.shape((2, 5), (6, 5)) == (6, 6)
+    assert ROTATION.shape((0, 5), (0, 0)) == (0, 0)
     dtypes = torch.bfloat16, torch.float32
     assert moment.dtype(*dtypes) == torch.bfloat16
-    assert ROTATION_LEFT.dtype(*dtypes) == torch.float32
+    assert ROTATION.dtype(*dtypes) == torch.float32
 
 
 def test_a_copy_begins_as_the_identity_and_a_block_as_zeros():
     stack = torch.full((2, 3, 3), torch.nan)
-    ROTATION_LEFT.begin(stack)
+    ROTATION.begin(stack)
     assert_equal(stack, torch.eye(3).expand(2, 3, 3))
     StateSpec(("m", "m")).begin(stack)
     assert_equal(stack, torch.zeros(2, 3, 3))

@@ -127,6 +127,9 @@ def options(method: str) -> dict[str, Any]:
         "sides": st.sampled_from(["one", "two", "none"]),
         "side": st.sampled_from(["auto", "left", "right"]),
         "basis": st.sampled_from(["svd", "eigh"]),
+        "basis_from": st.sampled_from(["gradient", "gradient", "gram"]),
+        "gram_beta": st.sampled_from([0.95, 0.0, 0.5]),
+        "first_moment": st.sampled_from(["rotated", "original"]),
         "on_refresh": st.sampled_from(["carry", "reproject"]),
         "refresh_every": st.sampled_from([PERIOD, 1, 3]),
         "state_dtype": dtypes,
@@ -138,7 +141,9 @@ def options(method: str) -> dict[str, Any]:
         "max_rotated_dim": st.sampled_from([8192, 6]),
         "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9)]),
     }
-    if method != "AdaDiag":
+    if method == "AdaDiag":
+        drawn["basis_from"] = st.sampled_from(["gradient", "momentum", "gram"])
+    else:
         drawn["clip_threshold"] = st.sampled_from([1.0, 0.5, None])
     if method == "AdafacDiag":
         drawn["momentum"] = st.booleans()

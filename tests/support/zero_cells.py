@@ -160,6 +160,7 @@ def one_process(cell: Cell) -> dict[str, Tensor]:
         for group in sorted_groups(model.named_parameters(), cell)
     ]
     options = {**OPTIONS, **cell.options}
+    options.pop("rotation_dtype", None)  # the reference keeps what is precise enough
     reference = ReferenceOptimizer(cell.method.lower(), groups, **options)
     trained = [p for p in model.parameters() if p.requires_grad]
     for step in range(STEPS):

@@ -33,6 +33,7 @@ pytest.importorskip(
 )
 
 BF16 = {"bf16": {"enabled": True}}
+AVERAGES = {"basis_from": "gram", "gram_beta": 0.9, "first_moment": "original"}
 BF16_FP32 = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -84,6 +85,8 @@ def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(tmp_path):
         Cell("3 bf16", 3, BF16),
         Cell("3 sub-groups", 3, zero={"sub_group_size": 100}),
         Cell("3 HfacDiag", 3, method="HfacDiag"),
+        Cell("2 Gram averages", 2, options=AVERAGES),
+        Cell("3 Gram averages", 3, options=AVERAGES),
         Cell("3 bf16 state", 3, options={"state_dtype": "bfloat16"}),
         # The basis of the step before is on its way.
         Cell("1 lag", 1, options={"refresh_lag": 2}),
