@@ -248,11 +248,12 @@ def messages_of(rank, size, refuse, at):
 
 @pytest.mark.parametrize("what", ["basis", "update"])
 def test_a_head_or_a_member_that_fails_is_known_everywhere(what, monkeypatch):
-    from sharded_adadiag.step import pipeline, refresh
+    from sharded_adadiag.algorithm import statistic
+    from sharded_adadiag.step import pipeline
 
     failing: set[int] = set()
     module, name = (
-        (refresh, "compute_basis") if what == "basis" else (pipeline, "update")
+        (statistic, "compute_basis") if what == "basis" else (pipeline, "update")
     )
     real = getattr(module, name)
 

@@ -123,18 +123,16 @@ def bytes_of_60m(rank, distribution):
 
 def test_a_basis_is_computed_on_exactly_one_rank(monkeypatch):
     """Counts decompositions over 4 ranks and 2 refreshes in each distribution."""
-    from sharded_adadiag.algorithm import update
-    from sharded_adadiag.step import refresh
+    from sharded_adadiag.algorithm import statistic
 
     calls = []
-    real = update.compute_basis
+    real = statistic.compute_basis
 
     def counting(grad, **options):
         calls.append(tuple(grad.shape))
         return real(grad, **options)
 
-    monkeypatch.setattr(update, "compute_basis", counting)
-    monkeypatch.setattr(refresh, "compute_basis", counting)
+    monkeypatch.setattr(statistic, "compute_basis", counting)
     for distribution in ("owner", "broadcast"):
         calls.clear()
         run_threads(4, four_steps, distribution)
