@@ -205,11 +205,11 @@ class ExchangePlan:
 
     def sent(self, rank: int) -> list[Chunk]:
         """The messages of a rank, to those that get data of it, in rank order."""
-        return self._chunks(self._between(rank, Move.leaving))
+        return self._chunks(self._between(rank, Move.leaving, self._order))
 
     def received(self, rank: int) -> list[Chunk]:
         """The messages to a rank, from those that have data for it, in rank order."""
-        return self._chunks(self._between(rank, Move.arriving))
+        return self._chunks(self._between(rank, Move.arriving, self._order))
 
     def sizes_sent(self, rank: int) -> dict[int, int]:
         """Bytes of the messages of a rank, by the rank that gets one."""
@@ -265,10 +265,10 @@ class ExchangePlan:
         data.pop(rank, None)
         return {other: _padded(nbytes) for other, nbytes in data.items()}
 
-    def _between(self, rank: int, way: Way) -> Between:
-        """What passes between a rank and each other one, in rank order."""
+    def _between(self, rank: int, way: Way, items: Sequence[int]) -> Between:
+        """What of some matrices passes between a rank and others, in rank order."""
         between: Between = {}
-        for item in self._order:
+        for item in items:
             for other, region in way(self.hops[item], rank):
                 if other != rank:
                     if other in between:
@@ -296,9 +296,11 @@ class ExchangePlan:
         return sizes
 
     def _copies(self, rank: int) -> CopyList:
-        outgoing = self._between(rank, Move.leaving)
-        incoming = self._between(rank, Move.arriving)
         regions = [(hop.source[rank], hop.target[rank]) for hop in self.hops]
+        # Of most matrices one of many ranks has nothing.
+        own = [i for i in self._order if regions[i][0].numel or regions[i][1].numel]
+        outgoing = self._between(rank, Move.leaving, own)
+        incoming = self._between(rank, Move.arriving, own)
         # Many replicas get the same: where it is, and how it lies in a message.
         places: dict[tuple[int, Region], tuple[Place, Place]] = {}
         leaving = []
@@ -322,6 +324,8 @@ class ExchangePlan:
             tuple(leaving),
             tuple(
                 _arrival(item, hop, *regions[item], came.get(item, ()))
+                if regions[item][1].numel
+                else _no_arrival(*regions[item], hop.summed)
                 for item, hop in enumerate(self.hops)
             ),
         )
@@ -344,11 +348,7 @@ def _padded(nbytes: int) -> int:
 def _arrival(
     item: int, hop: Move, held: Region, wanted: Region, came: Sequence[Copy]
 ) -> Arrival:
-    """The new piece of one matrix on one rank."""
-    if not wanted.numel:
-        return Arrival(
-            wanted.shape, held == wanted and not hop.summed, True, hop.summed, (), ()
-        )
+    """The new piece of one matrix on a rank that gets any of it."""
     if hop.summed:
         summand = []
         if held.numel:
@@ -367,3 +367,9 @@ def _arrival(
     filled = sum(copy.region.numel for copy in (*own, *came))
     whole = filled == wanted.numel
     return Arrival(wanted.shape, held == wanted, whole, False, own, tuple(came))
+
+
+@functools.lru_cache(maxsize=1024)
+def _no_arrival(held: Region, wanted: Region, summed: bool) -> Arrival:
+    """The new piece where it is empty, kept once: one of many ranks has mostly such."""
+    return Arrival(wanted.shape, held == wanted and not summed, True, summed, (), ())

@@ -26,7 +26,7 @@ FILL_PERCENT = 100, 60, 40, 28, 20
 # Among more ranks than this, several always ask one at a time: the first fills of
 # those above fail, so they are not tried.
 MANY_RANKS = 16
-MANY_FILL_PERCENT = 40, 28, 20
+MANY_FILL_PERCENT = 40, 24
 # Of the efficiency that the balance of the ranks allows.
 ENOUGH = 0.93
 
@@ -55,20 +55,21 @@ def pack(
         for i in may
         if max((items[i].nbytes(box) for box, _ in items[i].blocks), default=0) > limit
     }
-    best: tuple[Packing, list[int]] | None = None
     line = max((items[i].line_bytes for i in may), default=0)
     rooms = _rooms(limit, FEWEST_LINES * line, many=world_size > MANY_RANKS)
+    tried = []
     for cut in (must, may) if must != may else (must,):
         for room in rooms if cut == may else (limit,):
             packing = _fill(items, cut, world_size, (room, limit))
-            most = _most_bytes(matrices, items, packing)
-            good = max(most, default=0) <= limit or not cut
-            if good and packing.efficiency >= ENOUGH * packing.evenness:
-                return packing.rounds, most
-            if best is None or _key(packing, most, limit) > _key(*best, limit):
-                best = packing, most
-    assert best is not None
-    return best[0].rounds, best[1]
+            tried.append(packing)
+            if packing.efficiency >= ENOUGH * packing.evenness:
+                most = _most_bytes(matrices, items, packing)
+                if max(most, default=0) <= limit or not cut:
+                    return packing.rounds, most
+    # Bytes take long to count, so only here of those that did not do.
+    counted = [(packing, _most_bytes(matrices, items, packing)) for packing in tried]
+    best, most = max(counted, key=lambda pair: _key(*pair, limit))
+    return best.rounds, most
 
 
 def _rooms(limit: int, least: int, *, many: bool) -> list[int]:
