@@ -110,7 +110,8 @@ class Failures:
         if self.status:
             index, rank = divmod(self.status - 1, self.comm.size)
             raise RuntimeError(
-                f"{names[index]}: its owner, rank {rank}, could not compute the update"
+                f"{names[index]}: rank {rank}, which works on it, could not compute "
+                "the update"
                 + (f": {self.error}" if self.error is not None else "")
                 + "; states may have advanced: restart from a checkpoint"
             ) from self.error

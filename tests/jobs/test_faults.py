@@ -145,7 +145,7 @@ def test_an_owner_out_of_memory_ends_all(folder: Path) -> None:
     assert done.returncode == 1
     for rank, message in enumerate(messages(done.stdout)):
         assert re.match(r"RuntimeError: model\.layers\.\d\.\d\.weight: ", message)
-        assert "its owner, rank 1, could not compute the update" in message
+        assert "rank 1, which works on it, could not compute the update" in message
         assert ("no room for the singular vectors" in message) == (rank == 1)
 
 

@@ -107,7 +107,7 @@ def test_an_owner_that_fails_takes_all_ranks_down_with_one_message(
     results = run_threads(3, failing_owner, distribution)
     owner = results[0][0]
     for rank, (_, message) in enumerate(results):
-        assert f"a_weight: its owner, rank {owner}, could not compute" in message
+        assert f"a_weight: rank {owner}, which works on it, could not" in message
         assert ("no room for the SVD" in message) == (rank == owner)
 
 
