@@ -9,8 +9,9 @@ The rule, in one place, integers only. Teams of one are tried first, because the
 no rotation and exchange least. If some rank is then over the tolerance, matrices are
 placed anew, heaviest first, each on the fewest ranks that have room for an even block
 of it: in work, and in moments, to which the memory of the exchanges is proportional.
-Ranks with most room come first, and a team stays on one node where that has room. The
-better of the two wins. All of it counts what the ranks bear already.
+Ranks with most room come first, and a team stays on one node where that has room, if
+all of them are on no more nodes for it. The better of the two wins. All of it counts
+what the ranks bear already.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def choose_teams(
     alone = [range(owner, owner + 1) for owner in owners]
     excess = _excess(matrices, alone, world_size, borne)
     if excess > 0 and any(m.max_ranks > 1 for m in matrices):
-        placed = _fewest(matrices, world_size, borne, ranks_per_node or world_size)
+        placed = _placed(matrices, world_size, borne, ranks_per_node or world_size)
         if _excess(matrices, placed, world_size, borne) < excess:
             return _with_heads(matrices, placed, borne)
     return [Team.of_one(owner) for owner in owners]
@@ -138,6 +139,23 @@ def _excess(
         if any(loads)
     )
     return max((ratio - 1 for ratio in ratios if ratio > 1), default=0.0)
+
+
+def _placed(
+    matrices: Sequence[Demand], world_size: int, borne: Borne, ranks_per_node: int
+) -> list[Ranks]:
+    """The ranks for each matrix, on fewer nodes if that can be had."""
+    # Who stays on a node may leave no node with room for those that come later.
+    placed = _fewest(matrices, world_size, borne, world_size)
+    if ranks_per_node >= world_size:
+        return placed
+    near = _fewest(matrices, world_size, borne, ranks_per_node)
+    return min(near, placed, key=lambda teams: _nodes(teams, ranks_per_node))
+
+
+def _nodes(teams: Sequence[Ranks], ranks_per_node: int) -> int:
+    """On how many nodes each team is, added up."""
+    return sum(len({rank // ranks_per_node for rank in team}) for team in teams)
 
 
 def _fewest(

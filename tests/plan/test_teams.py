@@ -107,6 +107,23 @@ def test_a_team_stays_on_one_node_that_has_room():
         assert len({rank // 8 for rank in team.ranks}) == 1
 
 
+@pytest.mark.parametrize(
+    "model,world_size,node",
+    [("130M", 128, 4), ("130M", 128, 8), ("60M", 64, 4), ("60M", 64, 8)],
+)
+def test_who_knows_of_nodes_is_on_no_more_of_them(model, world_size, node):
+    shapes = hidden_shapes(model)
+    layouts = row_shards(shapes, world_size)
+    crossed = [
+        sum(len({rank // node for rank in m.route.team}) for m in matrices)
+        for matrices in (
+            planned(shapes, layouts),
+            planned(shapes, layouts, ranks_per_node=node),
+        )
+    ]
+    assert crossed[1] <= crossed[0]
+
+
 def test_heads_share_the_refreshes():
     chosen = choose_teams([demand(100, 6400)] * 3, 12)
     assert len({team.head for team in chosen}) == 3
