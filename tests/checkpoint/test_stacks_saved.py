@@ -1,10 +1,14 @@
 """States of stacks and fused projections: saved in one layout, loaded in another."""
 
+import warnings
+
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from support.stacks import (
     LAYOUTS,
     SHAPES,
+    STACKS,
     Stacked,
     advance,
     by_matrix,
@@ -13,8 +17,13 @@ from support.stacks import (
     weights,
 )
 from support.training import local_gradient, plain_names
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from sharded_adadiag import AdafacDiag, named_state_dict
+from sharded_adadiag import AdaDiag, AdafacDiag, named_state_dict, param_groups
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_processes, run_threads
 
@@ -133,3 +142,41 @@ def test_experts_saved_unrotated_are_rotated_from_the_next_basis_on(layout):
     assert rotated == [True, True, False]
     assert float(state["step"]) == 3.0 and state["exp_avg"].abs().min() > 0.0
     assert not torch.equal(state["rotation_left"][0], torch.eye(6))
+
+
+def unrotated(model):
+    return AdaDiag(param_groups(model, exclude=STACKS), refresh_every=2)
+
+
+def read(model, opt, folder):
+    """As of one process, which torch remarks upon."""
+    state = {"optimizer": get_optimizer_state_dict(model, opt)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, opt, state["optimizer"])
+
+
+def test_dcp_refuses_experts_saved_unrotated_unless_they_stay_so(tmp_path):
+    model = Stacked()
+    opt = unrotated(model)
+    advance(model, opt, 0, 3)
+    saved = named_state_dict(opt)["state"]
+    state = {"optimizer": get_optimizer_state_dict(model, opt)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(state, checkpoint_id=tmp_path)
+
+    model = Stacked()
+    opt = optimizer(model, "AdaDiag")
+    with pytest.raises(CheckpointException, match="experts.rotation_left"):
+        read(model, opt, tmp_path)
+
+    model = Stacked()
+    opt = unrotated(model)
+    read(model, opt, tmp_path)
+    again = named_state_dict(opt)["state"]
+    for name in SHAPES:
+        assert saved[name].keys() == again[name].keys()
+        for key, value in saved[name].items():
+            assert_equal(torch.as_tensor(again[name][key]), torch.as_tensor(value), key)
