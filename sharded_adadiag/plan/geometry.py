@@ -267,6 +267,36 @@ def cut_rows(layout: Layout, top: int, bottom: int, cols: int) -> Layout:
     return Layout(layout.world_size, tuple(pieces), layout.rest)
 
 
+@functools.lru_cache(maxsize=1024)
+def reshaped(layout: Layout, width: int, cols: int) -> Layout | None:
+    """A layout of the same entries in rows of another length.
+
+    Args:
+        layout: What each rank holds.
+        width: Columns of the view in which that is given.
+        cols: Columns of the wanted view.
+
+    Returns:
+        Boxes if all regions are whole rows there, else flat ranges; None if a region
+        does not lie in one stretch.
+    """
+    ranges = []
+    for region, ranks in layout.pieces:
+        if isinstance(region, Box):
+            if region.shape[0] > 1 and region.shape[1] != width:
+                return None
+            start = region.row_start * width + region.col_start
+            region = FlatRange(start, start + region.numel)
+        ranges.append((region, ranks))
+    pieces: Pieces = tuple(ranges)
+    if all(start % cols == stop % cols == 0 for (start, stop), _ in ranges):
+        pieces = tuple(
+            (Box(start // cols, stop // cols, 0, cols), ranks)
+            for (start, stop), ranks in ranges
+        )
+    return Layout(layout.world_size, pieces)
+
+
 def tiling_error(layout: Layout, rows: int, cols: int) -> str | None:
     """Why the pieces of a layout do not tile a matrix, or None if they do.
 

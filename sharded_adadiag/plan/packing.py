@@ -68,7 +68,7 @@ def pack(
                     return packing.rounds, most
     # Bytes take long to count, so only here of those that did not do.
     counted = [(packing, _most_bytes(matrices, items, packing)) for packing in tried]
-    best, most = max(counted, key=lambda pair: _key(*pair, limit))
+    best, most = max(counted, key=lambda pair: _key(pair[0], pair[1], limit))
     return best.rounds, most
 
 

@@ -17,7 +17,7 @@ from sharded_adadiag.algorithm.state import (
 from sharded_adadiag.options import Options
 from sharded_adadiag.plan.cost import MatrixCost, refresh_cost, step_cost
 from sharded_adadiag.plan.distribution import Candidate, choose
-from sharded_adadiag.plan.geometry import Layout, cut_rows
+from sharded_adadiag.plan.geometry import Layout, cut_rows, reshaped
 from sharded_adadiag.plan.layout import MatrixLayout
 from sharded_adadiag.plan.matrices import MatrixPlan
 from sharded_adadiag.plan.ownership import RefreshLoads, assign_owners
@@ -232,6 +232,12 @@ class MatrixSpec:
         height = count * rows * cols // width
         if share.kind != "all":
             layout = cut_rows(layout, share.top, share.top + height, width)
+        # A matrix alone is seen as such, so that it may travel in blocks of its lines.
+        seen = None
+        if share.kind == "stack" and count == 1:
+            seen = layout if width == cols else reshaped(layout, width, cols)
+        if seen is not None:
+            height, width, layout = rows, cols, seen
         sizes_of = param.grad_dtype.itemsize, param.work_dtype.itemsize
         name = share.name(param.name)
         matrix = MatrixLayout(name, height, width, layout, *sizes_of)
@@ -267,7 +273,7 @@ class MatrixSpec:
             cost,
             state_bytes["copy"] + state_bytes["sum"],
             states,
-            divisible and share.kind != "stack",
+            divisible and (share.kind != "stack" or seen is not None),
         )
 
     def at(self, slots: Sequence[int]) -> MatrixSpec:

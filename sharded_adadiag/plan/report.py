@@ -73,6 +73,8 @@ class Report:
         collectives_per_step: Collectives of an ordinary step.
         refresh_collectives: Collectives on top when every basis is refreshed.
         plain: Number of parameters updated where they lie.
+        over_budget: Rounds that take more than ``buffer_bytes``: a matrix that is
+            rotated on two sides, or whose rule asks for sums over it, is not cut.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Report:
     collectives_per_step: int
     refresh_collectives: int
     plain: int
+    over_budget: int = 0
 
     def __str__(self) -> str:
         per_matrix = _table(
@@ -120,11 +123,18 @@ class Report:
                 for r in self.ranks
             ],
         )
+        over = ""
+        if self.over_budget:
+            over = (
+                f"; {self.over_budget} rounds take more than buffer_bytes, for "
+                "matrices that do not travel in blocks"
+            )
         return (
             f"{self.method}: {sum(m.count for m in self.matrices)} matrices, "
             f"{self.plain} parameters "
             f"updated in place, {self.collectives_per_step} collectives per step "
-            f"(+{self.refresh_collectives} when all bases are refreshed)\n\n"
+            f"(+{self.refresh_collectives} when all bases are refreshed)"
+            f"{over}\n\n"
             f"{per_matrix}\n\n{per_rank}"
         )
 
@@ -170,6 +180,7 @@ def report_of(plan: Plan, sums: Sequence[Sequence[int]] = ()) -> Report:
         + sum(map(len, sums)),
         sum(not p.is_local for p in refreshes),
         len(plan.plain),
+        sum(some.over_budget for some in plan.rounds),
     )
 
 

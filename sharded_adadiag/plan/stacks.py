@@ -19,7 +19,7 @@ from sharded_adadiag.plan.regions import Box, Region, full
 from sharded_adadiag.plan.view import MatrixView
 
 # Entries that are worked on, and moved, together.
-RUN_NUMEL = 1 << 22
+RUN_NUMEL = 1 << 20
 # A rank may be given this many times its even share of a stack that lies there.
 MOST_AT_HOME = 2
 

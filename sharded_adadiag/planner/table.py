@@ -14,7 +14,7 @@ from sharded_adadiag.planner.request import Answer, Request
 # A step that takes longer than it would if no rank ever waited by more than this.
 EFFICIENCY = 0.85
 # The most loaded rank over the mean.
-WORK, STATE = 1.15, 1.15
+WORK, STATE, REFRESH = 1.15, 1.15, 4.0
 # All ranks' state over that of one process.
 COPIES = 2.0
 # Many messages of fewer bytes than this cost more than their bytes.
@@ -205,6 +205,7 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
             + ("--distribution auto, or " if own else "")
             + f"--buffer-bytes over {plan.budget} gives a round more work"
         )
+    yield from _waits_for_bases(plan, figures)
     fullest = figures.state_bytes_max / max(figures.state_bytes_mean, 1)
     if fullest > STATE:
         yield (
@@ -222,7 +223,7 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
         yield (
             f"exchanges take {size(figures.buffer_bytes_max)}, over --buffer-bytes "
             f"{plan.budget}: some matrices do not travel in blocks"
-            + (" (--sides one does)" if _two_sided(request) else "")
+            + _mended_blocks(request)
         )
     each = figures.sent_bytes_step_max / max(figures.messages_step_max, 1)
     if figures.messages_step_max > MESSAGES and each < MESSAGE_BYTES:
@@ -236,6 +237,18 @@ def warnings(request: Request, made: Answer, figures: Figures) -> Iterator[str]:
         yield (
             f"{figures.rounds:,} rounds a step, each a wait for the network: "
             f"--buffer-bytes over {plan.budget} makes fewer"
+        )
+
+
+def _waits_for_bases(plan: Plan, figures: Figures) -> Iterator[str]:
+    """What is bad about a refresh."""
+    every = plan.specs[0].options.refresh_every if plan.specs else None
+    ratio = figures.refresh_max_over_mean
+    if every is not None and ratio > REFRESH:
+        yield (
+            f"a basis is one rank's work, there are {len(plan.matrices):,} matrices: "
+            f"at a refresh all wait for a rank that computes {ratio:.1f} x the mean; "
+            f"--refresh-every over {every} makes that rarer"
         )
 
 
@@ -263,8 +276,16 @@ def _state_once(plan: Plan) -> int:
     return plain + sum(matrix.cost.state_bytes for matrix in plan.members)
 
 
-def _two_sided(request: Request) -> bool:
-    return request.group_options(rotate=True).sides == "two"
+def _mended_blocks(request: Request) -> str:
+    """With what options the matrices of a request would travel in blocks."""
+    options = request.group_options(rotate=True)
+    ways = [
+        (options.sides == "two", "--sides one"),
+        (request.rule.factored, "--optimizer AdaDiag"),
+        (options.noise_floor > 0.0, "--noise-floor 0"),
+    ]
+    needed = [way for needs, way in ways if needs]
+    return f" ({' '.join(needed)} makes them)" if needed else ""
 
 
 def size(count: float) -> str:

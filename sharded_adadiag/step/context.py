@@ -220,7 +220,8 @@ class Step:
     def _own(self, matrix: MatrixPlan, flat: Tensor) -> Tensor:
         """A matrix's entries among those of its parameter that this rank holds."""
         region, view = self.entries[matrix.index].region, matrix.view
-        start = entries_above(region, matrix.share.top, view.cols)
+        width = self.entries[matrix.index].spec.stored[1]
+        start = entries_above(region, matrix.share.top, width)
         return flat[start : start + view.layout[self.rank].numel]
 
     def working(self, batches: Iterable[Batch]) -> list[Batch]:
@@ -287,10 +288,9 @@ class Step:
         for part, place in zip(batch.parts, batch.places):
             m = part.matrix
             grad = work[place].to(m.work_dtype)
-            if m.share.kind == "all":
+            if not part.whole:
                 grads.append(grad)
-                state = {k: v for k, v in self.held[m.index].items() if k != "step"}
-                states.append(state if part.whole else self._cut(part, state))
+                states.append(self._cut(part, self.state(m)))
             else:
                 grads += apart(m, grad)
                 states += self.states(m)

@@ -173,7 +173,7 @@ def _keep(batch: Batch, updates: Tensor, work: Work, moved: Sequence[bool]) -> N
     each = iter(updates.unbind())
     for part, i in zip(batch.parts, batch.places):
         m = part.matrix
-        if m.share.kind == "stack":
+        if part.whole and m.share.kind == "stack":
             one = as_one(m, [next(each) for _ in range(m.share.count)])
         else:
             one = next(each)

@@ -122,4 +122,5 @@ def as_one(matrix: MatrixPlan, each: Sequence[Tensor]) -> Tensor:
     """
     if matrix.share.kind != "stack":
         return each[0]
-    return torch.stack(list(each)).view(matrix.view.rows, matrix.view.cols)
+    one = each[0] if len(each) == 1 else torch.stack(list(each))
+    return one.view(matrix.view.rows, matrix.view.cols)

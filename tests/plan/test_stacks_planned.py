@@ -80,8 +80,8 @@ def test_a_rank_works_on_its_own_runs_of_a_stack_only():
 
 
 def test_matrices_too_large_for_one_run_are_in_one_row_of_the_report():
-    large = Layout.of([Box(0, 6, 0, 2048 * 1024)] * 2)
-    wide = spec("experts", 6, 2048, 1024, batch_dims=1)
+    large = Layout.of([Box(0, 6, 0, 1024 * 512)] * 2)
+    wide = spec("experts", 6, 1024, 512, batch_dims=1)
     plan = Plan.of([wide], [large], rule=ADADIAG, world_size=2)
     assert [m.share.count for m in plan.matrices] == [1, 2, 1, 2]
     rows = report_of(plan).matrices
@@ -89,7 +89,7 @@ def test_matrices_too_large_for_one_run_are_in_one_row_of_the_report():
         ("experts[0..2]", 3),
         ("experts[3..5]", 3),
     ]
-    assert {row.state_bytes for row in rows} == {3 * 4 * (2 * 2048 * 1024 + 1024**2)}
+    assert {row.state_bytes for row in rows} == {3 * 4 * (2 * 1024 * 512 + 512**2)}
 
 
 def test_blocks_of_rows_are_matrices_by_themselves():

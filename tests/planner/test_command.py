@@ -224,3 +224,29 @@ def test_there_is_a_console_script():
     project = Path(__file__).parents[2] / "pyproject.toml"
     (script,) = re.findall(r'^sharded-adadiag = "(.*)"$', project.read_text(), re.M)
     assert pkgutil.resolve_name(script) is main
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--sides", "two"),
+        ("--optimizer", "HfacDiag"),
+        ("--sides", "two", "--noise-floor", "0.1"),
+        (),
+    ],
+    ids=" ".join,
+)
+def test_what_does_not_travel_in_blocks_is_warned_of_with_what_would(capsys, options):
+    tight = ("--distribution", "owner", "--buffer-bytes", "500000")
+    told = planned(capsys, *tight, *options)["warnings"]
+    over = [line for line in told if "do not travel in blocks" in line]
+    assert len(over) == bool(options)
+    remedies = {"--sides": "--sides one", "--noise-floor": "--noise-floor 0"}
+    remedies["--optimizer"] = "--optimizer AdaDiag"
+    assert all(remedies[name] in over[0] for name in options[::2])
+
+
+def test_more_ranks_than_matrices_wait_for_the_bases(capsys):
+    told = planned(capsys, ranks=512)["warnings"]
+    assert any("--refresh-every" in line and "56 matrices" in line for line in told)
+    assert not any("--refresh-every" in line for line in planned(capsys)["warnings"])

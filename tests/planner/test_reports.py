@@ -89,6 +89,15 @@ def test_work_is_divided_and_not_lost(distribution):
     assert [row.step_cost for row in report_of(plan).ranks] == step_work(plan)
 
 
+@pytest.mark.parametrize("sides", ["one", "two"])
+def test_a_report_says_what_is_over_the_budget(sides):
+    plan = plan_of(2, AdaDiag, distribution="owner", sides=sides)
+    small = dataclasses.replace(plan, buffer_bytes=12_100, rounds=()).without([0])
+    report = report_of(small)
+    assert (report.over_budget > 0) == (sides == "two")
+    assert ("do not travel in blocks" in str(report)) == (sides == "two")
+
+
 def test_no_process_group_is_needed():
     assert not dist.is_initialized()
     assert "rank" in str(report_of(plan_of(8, AdaDiag)))
