@@ -291,6 +291,11 @@ class Step:
             if not part.whole:
                 grads.append(grad)
                 states.append(self._cut(part, self.state(m)))
+            elif m.share.kind == "all":
+                grads.append(grad)
+                states.append({
+                    k: v for k, v in self.held[m.index].items() if k != "step"
+                })
             else:
                 grads += apart(m, grad)
                 states += self.states(m)
