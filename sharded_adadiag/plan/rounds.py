@@ -13,7 +13,7 @@ from sharded_adadiag.plan.packing import pack
 from sharded_adadiag.plan.regions import Box
 
 # Without communication there is nothing to fuse, only temporary memory to save.
-LOCAL_ROUND_BYTES = 1 << 22
+LOCAL_ROUND_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

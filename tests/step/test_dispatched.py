@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
+from sharded_adadiag.step.batching import BATCH_NUMEL
 
 # Of the 60M LLaMA: 56 matrices of three shapes, but smaller.
 ATTENTION, UP, DOWN = (192, 192), (516, 192), (192, 516)
@@ -89,6 +90,16 @@ def test_matrices_of_one_shape_are_updated_together(method, most):
     assert count.total() < most, count
     one_more = kernels(method, [*SMALL, SMALL[0]])
     assert one_more.total() <= count.total() + 6
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [(AdaDiag, 200), (AdafacDiag, 600), (HfacDiag, 600)]
+)
+def test_an_accelerator_updates_large_matrices_together_too(method, most, monkeypatch):
+    """On a CPU they are updated one by one, which is faster there."""
+    monkeypatch.setitem(BATCH_NUMEL, "cpu", BATCH_NUMEL["cuda"])
+    count = kernels(method, LLAMA)
+    assert count.total() < most, count
 
 
 @pytest.mark.parametrize("method", [AdaDiag, AdafacDiag, HfacDiag])
