@@ -4,8 +4,8 @@ import collections
 
 import pytest
 import torch
+from support.host_reads import Host
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_adadiag import AdaDiag, AdafacDiag, HfacDiag
@@ -21,7 +21,6 @@ NO_KERNEL = {
     *("unbind", "unsqueeze", "view", "expand", "empty", "new_empty", "empty_strided"),
     *("promote_types", "_record_function_enter_new", "_record_function_exit"),
 }
-READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu"}
 
 
 class Kernels(TorchDispatchMode):
@@ -35,20 +34,6 @@ class Kernels(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name not in NO_KERNEL:
             self.count[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Host(TorchFunctionMode):
-    """Counts reads of tensors, and numbers of the host that are made into tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads, self.made = [], 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in READS and isinstance(args[0], torch.Tensor):
-            self.reads.append(func.__name__)
-        self.made += func in (torch.tensor, torch.as_tensor)
         return func(*args, **(kwargs or {}))
 
 
