@@ -83,7 +83,7 @@ class RotatedOptimizer(Optimizer):
             ``"broadcast"`` (all ranks compute their own blocks of every matrix), or
             ``"auto"``: each matrix has the few ranks that balance the work best.
         buffer_bytes: Memory per rank for what is on its way in a step; None for 44
-            MiB, or 1/32 of the mean rank's state if that is more. Larger matrices
+            MiB, or 1/32 of the mean rank's state or weights if more. Larger matrices
             travel in blocks; where they cannot, because two sides or a factored rule
             need the whole, they take what they need.
         process_group: The ranks that hold replicas of plain parameters (DDP) and

@@ -7,6 +7,9 @@ With ``Gt = P^T G Q``:
     6. N_t = Mhat / (sqrt(Vhat) + eps)
 
 These are the moments of ``torch.optim.AdamW``, so its fused kernel computes them.
+
+Private name used, tried with torch 2.13: ``torch._fused_adamw_``, which takes one step
+count for all tensors; the public ``adamw`` wants one for each.
 """
 
 from __future__ import annotations

@@ -147,12 +147,15 @@ class Plan:
     def budget(self) -> int:
         """Bytes that the exchanges of a step may take on a rank.
 
-        If the user did not say, a part of what a rank keeps anyway, so that a large
-        model on few ranks does not travel in thousands of rounds.
+        If the user did not say, a part of what a rank keeps anyway, of states or of
+        weights, so that a large model on few ranks, or in many copies, does not travel
+        in thousands of rounds.
         """
         if self.buffer_bytes is not None:
             return self.buffer_bytes
-        kept = sum(m.cost.state_bytes for m in self.matrices) // self.world_size
+        state = sum(m.cost.state_bytes for m in self.matrices)
+        weights = sum(m.view.layout.numel * m.view.work_itemsize for m in self.matrices)
+        kept = max(state, weights) // self.world_size
         return max(BUFFER_BYTES, kept // BUFFER_SHARE)
 
     @property
