@@ -98,7 +98,12 @@ LIVE: dict[str, Any] = {
     "noise_floor": 0.2,
     "nonfinite": "ignore",
     "clip_threshold": 0.01,
+    "gram_beta": 0.5,
     "maximize": True,
+}
+# Options without which one means nothing.
+WITH: dict[str, dict[str, Any]] = {
+    "gram_beta": {"basis_from": "gram", "refresh_every": 1}
 }
 
 SAME_NUMBERS = {"nonfinite"}  # it changes no step with finite gradients
@@ -109,15 +114,18 @@ def live(rank: int, make: Make, options: dict[str, Any]) -> set[str]:
     effective = set()
     for name, value in LIVE.items():
         cls = HfacDiag if name == "clip_threshold" else AdaDiag
-        opt, named = make(rank, cls=cls, **options)
+        own = options | WITH.get(name, {})
+        opt, named = make(rank, cls=cls, **own)
         step(opt, named, 0)
         saved = copy.deepcopy(opt.state_dict())
-        other, other_named = make(rank, cls=cls, **options, **{name: value})
+        # A load puts the summands of averages elsewhere, so all three make one.
+        opt.load_state_dict(copy.deepcopy(saved))
+        other, other_named = make(rank, cls=cls, **own, **{name: value})
         for group in other.param_groups:
             group[name] = value
         saved["param_groups"] = other.state_dict()["param_groups"]
         other.load_state_dict(saved)
-        unedited, unedited_named = make(rank, cls=cls, **options)
+        unedited, unedited_named = make(rank, cls=cls, **own)
         unedited.load_state_dict(opt.state_dict())
         with torch.no_grad():
             for (_, a), (_, b), (_, c) in zip(other_named, named, unedited_named):
@@ -178,6 +186,8 @@ PLAN: dict[str, Any] = {
     "max_rotated_dim": 4,
     "refresh_slots": 2,
     "refresh_lag": 1,
+    "basis_from": "gram",
+    "first_moment": "original",
     "batch_dims": 1,
     "split_rows": (2, 2),
 }
@@ -214,7 +224,8 @@ def test_a_planned_option_cannot_change_and_every_rank_says_so(layout, editors):
         was = {"rotate": True, "sides": "one", "side": "auto", "momentum": True}
         counts = {"max_rotated_dim": 8192, "batch_dims": 0}
         counts |= {"refresh_slots": 1, "refresh_lag": 0}
-        old = {**was, **counts}.get(name)
+        made_of = {"basis_from": "gradient", "first_moment": "rotated"}
+        old = {**was, **counts, **made_of}.get(name)
         assert f"wide: {name} of its param group changed from {old!r}" in message
         assert f"to {value!r}" in message and "nothing has changed" in message
 
