@@ -38,7 +38,7 @@ def update(
     grads: Sequence[Tensor],
     states: Sequence[State],
     *,
-    method: Rule,
+    rule: Rule,
     options: Options,
     step: int,
     shape: tuple[int, int],
@@ -51,7 +51,7 @@ def update(
         grads: G_t of each, ``[m, n]`` or a block of it that is whole along each
             rotated dimension, in the dtype of the computation.
         states: Moments and rotations of each; the moments are modified in place.
-        method: The optimizer.
+        rule: The optimizer.
         options: Its options.
         step: t, counted from 1.
         shape: ``(m, n)`` of the full matrices.
@@ -68,12 +68,12 @@ def update(
     p = rotations(states, "rotation_left", grads[0]) if left else None
     q = rotations(states, "rotation_right", grads[0]) if right else None
     rotated = rotate(grads, p, q, scratch)
-    directions = yield from moment_rule(method, rotated, states, options, step, shape)
+    directions = yield from moment_rule(rule, rotated, states, options, step, shape)
     return rotate_back(directions, p, q, scratch)
 
 
 def moment_rule(
-    method: Rule,
+    rule: Rule,
     rotated: Tensor,
     states: Sequence[State],
     options: Options,
@@ -83,7 +83,7 @@ def moment_rule(
     """Steps 4-6, after entries below the noise floor were dropped.
 
     Args:
-        method: The optimizer.
+        rule: The optimizer.
         rotated: Gt of each matrix, ``[k, m, n]``, or blocks of them; overwritten.
         states: Moments of each; modified in place.
         options: The optimizer's options.
@@ -100,7 +100,7 @@ def moment_rule(
     if floor > 0.0 and not any(rotated_sides(shape, options)):
         floor = 0.0
     quiet = yield from suppress_noise(rotated, floor)
-    return (yield from method.direction(quiet, states, options, step, shape))
+    return (yield from rule.direction(quiet, states, options, step, shape))
 
 
 def install(

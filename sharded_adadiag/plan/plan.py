@@ -202,6 +202,11 @@ class Plan:
         return tuple(m for m in self.shared if len(m.route.team) < self.world_size)
 
     @property
+    def has_lag(self) -> bool:
+        """Whether any bases are computed beside training."""
+        return any(spec.options.refresh_lag for spec in self.specs)
+
+    @property
     def agreement_bytes(self) -> int:
         """Bytes of the all-reduce at the head of a step; 0 if there is none.
 
@@ -212,8 +217,7 @@ class Plan:
         taking_part = (s for i, s in enumerate(self.specs) if i not in self.left_out)
         checked = any(spec.options.nonfinite != "ignore" for spec in taking_part)
         watched = len(self.watched)
-        late = any(spec.options.refresh_lag for spec in self.specs)
-        if self.world_size == 1 or not (checked or watched or late):
+        if self.world_size == 1 or not (checked or watched or self.has_lag):
             return 0
         alike = Counter(self.layouts)
         copied = sum(count for layout, count in alike.items() if has_copies(layout))

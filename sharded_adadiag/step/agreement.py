@@ -60,6 +60,7 @@ class Agreement:
         broken: What has failed of the bases that this rank computed beside training
             and that are due in this step, by position of the parameter.
         watched: Matrices of which ranks outside their team take part in a refresh.
+        has_lag: Whether any bases are computed beside training.
         lacking: Whether each of these has no basis yet, by key.
     """
 
@@ -78,6 +79,7 @@ class Agreement:
         self.bases = bases
         self.broken: dict[int, BaseException] = {}
         self.watched: Sequence[MatrixPlan] = ()
+        self.has_lag = False
         self.lacking: dict[tuple[int, int], bool] = {}
         self.started = False
         self.compared = 0
@@ -107,7 +109,7 @@ class Agreement:
         entries = self.entries
         checked = any(e.member and e.group["nonfinite"] != "ignore" for e in entries)
         flags = len(entries) + sum(self.copied) + len(self.watched) + 5
-        made = self.comm.size > 1 and (checked or self.watched or self._late())
+        made = self.comm.size > 1 and (checked or self.watched or self.has_lag)
         return 4 * flags if made else 0
 
     def reach(
@@ -153,7 +155,7 @@ class Agreement:
         checked = any(policy != "ignore" for policy in policies)
         flags = [*present, *self._missing(grads), *self._lacks()]
         flags += [failures.status, problem, state, now.fingerprint, -now.fingerprint]
-        must = bool(self.watched) or self._late()
+        must = bool(self.watched) or self.has_lag
         asked = checked or self._checked or not self.started or must
         if self.comm.size > 1 and asked:
             shared = torch.tensor(flags, dtype=torch.int32)
@@ -179,10 +181,6 @@ class Agreement:
             return None
         self.started = True
         return [bool(p) for p in flags[: len(grads)]]
-
-    def _late(self) -> bool:
-        """Whether bases are computed beside training; that is planned."""
-        return any(entry.spec.options.refresh_lag for entry in self.entries)
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
         """Whether this rank lacks a gradient, for each parameter with copies."""

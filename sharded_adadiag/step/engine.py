@@ -116,7 +116,7 @@ class Engine:
         self.shared = plan.shared
         self.positions = sorted({m.index for m in plan.members})
         self.plain = plan.plain
-        self.agreement.watched = plan.watched
+        self.agreement.watched, self.agreement.has_lag = plan.watched, plan.has_lag
         cut = {
             part.matrix.key
             for round_ in plan.rounds
@@ -149,7 +149,7 @@ class Engine:
         Raises:
             RuntimeError: On every rank, if one could not be computed on any.
         """
-        if not any(entry.spec.options.refresh_lag for entry in self.entries):
+        if not self.agreement.has_lag:
             return
         error = ""
         try:

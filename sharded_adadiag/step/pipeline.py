@@ -157,7 +157,7 @@ def _begun(step: Step, batch: Batch, work: Work, scratch: Scratch) -> Sums[Tenso
     return update(
         grads,
         states,
-        method=step.rule,
+        rule=step.rule,
         options=step.options_of(m),
         step=step.count(m),
         shape=m.shape,

@@ -20,7 +20,7 @@ VECTOR_NUMEL = 64
 
 
 def plain_update(
-    method: Rule, entries: Sequence[LocalParam], options: dict[int, Options]
+    rule: Rule, entries: Sequence[LocalParam], options: dict[int, Options]
 ) -> None:
     """AdamW on local shards; without momentum the gradient is the first moment.
 
@@ -28,7 +28,7 @@ def plain_update(
     computed in the wider of both, at least in float32, and its results are rounded.
 
     Args:
-        method: The optimizer.
+        rule: The optimizer.
         entries: Parameters of which some rank has a gradient.
         options: The options of each param group, by the group's ``id``.
     """

@@ -13,6 +13,8 @@ from support.schedules import (
     STEPS,
     advance,
     alone,
+    assert_one_process,
+    assert_the_reference,
     continued,
     given,
     saved,
@@ -29,7 +31,6 @@ from sharded_adadiag.step import refresh
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import gradients
 from sharded_adadiag.testing.ranks import run_processes, run_threads
-from sharded_adadiag.testing.reference import ReferenceOptimizer
 
 LAG = {"refresh_lag": 2}
 
@@ -42,19 +43,7 @@ def test_a_lag_gives_the_steps_of_the_reference(method, on_refresh, slots):
     for lag in (1, 2, 4):
         own = {"on_refresh": on_refresh, "refresh_slots": slots, "refresh_lag": lag}
         model, opt = start(own, method=method)
-        named = dict(model.named_parameters())
-        theirs = {case.name: named[case.name].detach().clone() for case in CASES}
-        reference = ReferenceOptimizer(
-            method.lower(), theirs.values(), **{**OPTIONS, **own}
-        )
-        for step in range(1, STEPS + 1):
-            for case, grad in zip(CASES, given(step)):
-                named[case.name].grad = theirs[case.name].grad = grad
-            opt.step()
-            reference.step()
-            for case in CASES:
-                mine = named[case.name].detach()
-                torch.testing.assert_close(mine, theirs[case.name], rtol=0, atol=1e-10)
+        assert_the_reference(opt, model, {**OPTIONS, **own}, method)
 
 
 def test_a_lag_changes_the_run_from_the_first_late_basis_on():
@@ -81,15 +70,7 @@ def test_a_lag_changes_the_run_from_the_first_late_basis_on():
     ],
 )
 def test_every_layout_has_the_lag_of_one_process(layout, ranks, method, options):
-    for distribution, dtype in (("owner", F32), ("auto", F64), ("broadcast", F64)):
-        chosen = {**LAG, **options, "distribution": distribution}
-        want = alone(chosen, dtype, method)
-        for got in run_threads(ranks, trained, layout, chosen, dtype, method):
-            for case, a, b in zip(CASES, got, want):
-                if distribution == "owner":
-                    assert_equal(a, b, case.name)
-                elif "sides" not in options or len(set(case.shape)) == 1:
-                    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert_one_process(ranks, layout, {**LAG, **options}, method)
 
 
 @pytest.mark.parametrize("basis", ["svd", "eigh"])

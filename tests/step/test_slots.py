@@ -6,17 +6,15 @@ import pytest
 import torch
 from support.schedules import (
     CASES,
-    F32,
-    F64,
     OPTIONS,
     STEPS,
     advance,
     alone,
+    assert_one_process,
+    assert_the_reference,
     continued,
-    given,
     saved,
     start,
-    trained,
 )
 from support.stacks import advance as advance_stacks
 from support.stacks import by_matrix, optimizer, placed
@@ -27,7 +25,6 @@ from sharded_adadiag.plan.schedule import Slots
 from sharded_adadiag.step.context import whose_turn
 from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.ranks import run_threads
-from sharded_adadiag.testing.reference import ReferenceOptimizer
 
 
 def test_every_matrix_has_its_turn_once_in_a_period():
@@ -47,20 +44,9 @@ def test_every_matrix_has_its_turn_once_in_a_period():
 @pytest.mark.parametrize("method", CLASSES)
 def test_slots_give_the_steps_of_the_reference(method, on_refresh):
     model, opt = start({"on_refresh": on_refresh}, method=method)
-    named = dict(model.named_parameters())
-    theirs = {case.name: named[case.name].detach().clone() for case in CASES}
     options = {**OPTIONS, "on_refresh": on_refresh}
-    reference = ReferenceOptimizer(method.lower(), theirs.values(), **options)
-    slots = {name: reference.slots[p] for name, p in theirs.items()}
+    slots = assert_the_reference(opt, model, options, method)
     assert {slots[name] for name in "abcde"} == {0, 1, 2}
-    for step in range(1, STEPS + 1):
-        for case, grad in zip(CASES, given(step)):
-            named[case.name].grad = theirs[case.name].grad = grad
-        opt.step()
-        reference.step()
-        for case in CASES:
-            mine = named[case.name].detach()
-            torch.testing.assert_close(mine, theirs[case.name], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +60,7 @@ def test_slots_give_the_steps_of_the_reference(method, on_refresh):
     ],
 )
 def test_every_layout_has_the_slots_of_one_process(layout, ranks, method, options):
-    for distribution, dtype in (("owner", F32), ("auto", F64), ("broadcast", F64)):
-        chosen = {**options, "distribution": distribution}
-        want = alone(chosen, dtype, method)
-        for got in run_threads(ranks, trained, layout, chosen, dtype, method):
-            for case, a, b in zip(CASES, got, want):
-                if distribution == "owner":
-                    assert_equal(a, b, case.name)
-                elif "sides" not in options or len(set(case.shape)) == 1:
-                    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert_one_process(ranks, layout, options, method)
 
 
 @pytest.mark.parametrize("layout", ["one process", "rows of 2", "dimension 1"])
@@ -136,16 +114,4 @@ def test_a_number_taken_by_the_plan_is_kept_where_a_run_goes_on():
 def test_a_new_period_moves_the_slots_with_it():
     """As if the period had been that from the beginning, the count of steps too."""
     model, opt = start({"refresh_every": 9})
-    named = dict(model.named_parameters())
-    theirs = {case.name: named[case.name].detach().clone() for case in CASES}
-    reference = ReferenceOptimizer("adadiag", theirs.values(), **OPTIONS)
-    for step in range(1, STEPS + 1):
-        for group in (*opt.param_groups, *reference.param_groups):
-            group["refresh_every"] = 9 if step < 5 else 4
-        for case, grad in zip(CASES, given(step)):
-            named[case.name].grad = theirs[case.name].grad = grad
-        opt.step()
-        reference.step()
-    for case in CASES:
-        mine = named[case.name].detach()
-        torch.testing.assert_close(mine, theirs[case.name], rtol=0, atol=1e-10)
+    assert_the_reference(opt, model, OPTIONS, period=lambda t: 9 if t < 5 else 4)

@@ -5,7 +5,10 @@ import copy
 import torch
 from torch.distributed.tensor import DTensor
 
+from sharded_adadiag.testing.assertions import assert_equal
 from sharded_adadiag.testing.cases import Case, gradients
+from sharded_adadiag.testing.ranks import run_threads
+from sharded_adadiag.testing.reference import ReferenceOptimizer
 from support.training import (
     CLASSES,
     Parameters,
@@ -73,6 +76,37 @@ def trained(rank, layout, options, dtype, method):
     model, opt = start(options, layout, dtype, method)
     advance(model, opt, range(1, STEPS + 1), dtype)
     return whole_weights(model, CASES)
+
+
+def assert_the_reference(opt, model, options, method="AdaDiag", period=None):
+    """Take all steps beside the reference, with the period that a step has."""
+    named = dict(model.named_parameters())
+    theirs = {case.name: named[case.name].detach().clone() for case in CASES}
+    reference = ReferenceOptimizer(method.lower(), theirs.values(), **options)
+    for step in range(1, STEPS + 1):
+        for group in (*opt.param_groups, *reference.param_groups) if period else ():
+            group["refresh_every"] = period(step)
+        for case, grad in zip(CASES, given(step)):
+            named[case.name].grad = theirs[case.name].grad = grad
+        opt.step()
+        reference.step()
+        for case in CASES:
+            mine = named[case.name].detach()
+            torch.testing.assert_close(mine, theirs[case.name], rtol=0, atol=1e-10)
+    return {case.name: reference.slots[theirs[case.name]] for case in CASES}
+
+
+def assert_one_process(ranks, layout, options, method):
+    """Every distribution gives one process's run: owners in every bit."""
+    for distribution, dtype in (("owner", F32), ("auto", F64), ("broadcast", F64)):
+        chosen = {**options, "distribution": distribution}
+        want = alone(chosen, dtype, method)
+        for got in run_threads(ranks, trained, layout, chosen, dtype, method):
+            for case, a, b in zip(CASES, got, want):
+                if distribution == "owner":
+                    assert_equal(a, b, case.name)
+                else:
+                    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def saved(rank, layout, options, stop):
